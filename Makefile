@@ -1,0 +1,95 @@
+# stylelora: `make study` trains, measures and publishes; `make test` proves it. Every target makes what it needs.
+# Settings: PYTHON=python3.12  PROFILE=study  VENV=.venv  DEVICE=auto   (for instance `make study PROFILE=smoke`)
+
+PYTHON  ?= python3
+VENV    ?= .venv
+PROFILE ?= study
+DEVICE  ?= auto
+BIN     := $(abspath $(VENV))/bin
+READY   := $(VENV)/.installed
+STEP    := bash tools/step.sh
+LIBRARY := $(sort $(wildcard nbs/*.ipynb))
+PRETRAIN := $(sort $(wildcard nbs/pretrain/*.ipynb))
+
+export PATH := $(BIN):$(PATH)
+export JUPYTER_PREFER_ENV_PATH := 1
+export MPLBACKEND ?= agg
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install study smoke report pretrain test test-notebooks test-python browser export nbs clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make study     train the style LoRAs, sample, measure, build the site (about 25 minutes on two cores)"
+	@echo "make test      install, export check, notebook tests, pytest, the site in a browser"
+	@echo "make smoke     the study at toy scale: does everything run? (a few minutes)"
+	@echo "make report    build the site from the results that are there, into _site/"
+	@echo "make pretrain  make the embedded base model again from the artwork (hours on a CPU; resumes)"
+	@echo "make export    notebooks in nbs/ to the package stylelora/"
+	@echo "make nbs       run the library notebooks in place and store their outputs"
+	@echo "make clean     remove what was built; keeps $(VENV), results and adapters"
+
+# ---- the environment, once -------------------------------------------------------------------------------------
+
+$(READY): settings.ini setup.py
+	@$(STEP) "make $(VENV) and install stylelora with its dependencies (once; some GB on the first time)" \
+	  bash tools/install.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+install: $(READY)
+
+# ---- the study -------------------------------------------------------------------------------------------------
+
+study: $(READY)
+	@$(STEP) "study ($(PROFILE)): train, sample, measure, and build the site" \
+	  stylelora study --profile $(PROFILE) --device $(DEVICE)
+
+smoke: $(READY)
+	@$(STEP) "smoke: the whole study at toy scale" stylelora study --profile smoke --device $(DEVICE)
+
+report: $(READY)
+	@$(STEP) "report: build the site into _site/" stylelora report
+
+pretrain: $(READY)
+	@for nb in $(PRETRAIN); do \
+	  $(STEP) "pretrain: $$nb" $(BIN)/python tools/pretrain.py $$nb device=$(DEVICE) $(WITH) || exit 1; done
+
+# ---- the proof -------------------------------------------------------------------------------------------------
+
+test: export HF_HUB_OFFLINE := 1
+test: $(READY) browser
+	@$(STEP) "test: is stylelora/ what the notebooks export?" $(BIN)/python tools/check_export.py
+	@$(MAKE) --no-print-directory test-notebooks
+	@$(MAKE) --no-print-directory test-python
+
+# The library notebooks test themselves here. The experiment, pretraining and demo notebooks have parameters and take
+# longer: pytest runs those through papermill at toy scale, so that each is executed once and not twice.
+test-notebooks: $(READY)
+	@$(STEP) "test: every cell of the library notebooks" \
+	  nbdev_test --path nbs --skip_folder_re '^(pretrain|experiments|demo|[_.].*)$$' --n_workers 1
+
+test-python: $(READY)
+	@$(STEP) "test: pytest (package, style, parity, smoke study, the site in a browser)" \
+	  $(BIN)/python -m pytest -q -rs tests
+
+# Chromium for the test of the site: Debian's, where this user may install it. Elsewhere that test skips and says so.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null 2>&1 || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+	    $(STEP) "install Chromium for the test of the site (once)" bash tools/browser.sh || \
+	      echo "Chromium could not be installed: the browser test will skip"; \
+	  else echo "no Chromium here and no right to install it: the browser test will skip"; fi; }
+
+# ---- working on it ---------------------------------------------------------------------------------------------
+
+export: $(READY)
+	@$(STEP) "export: notebooks to stylelora/" nbdev_export
+	@$(STEP) "export: clean the notebooks' metadata" nbdev_clean
+
+nbs: $(READY)
+	@for nb in $(LIBRARY); do $(STEP) "run $$nb" $(BIN)/python tools/nbtext.py run $$nb || exit 1; done
+
+clean:
+	@$(STEP) "clean: remove built files (the environment $(VENV), results and adapters stay)" \
+	  rm -rf _site _build build dist *.egg-info .pytest_cache .ruff_cache reports/runs/_*
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
