@@ -118,15 +118,15 @@ def encode_text(
     mask = tokens.attention_mask if getattr(base.text_encoder.config, 'use_attention_mask', None) else None
     return base.text_encoder(tokens.input_ids, attention_mask=mask)[0]
 
-# %% ../nbs/14_base.ipynb #46f1b422
+# %% ../nbs/14_base.ipynb #e4dabedb
 def count_tokens(
     base:Base, # the model whose tokenizer counts
     prompts,   # list of b texts
 ) -> list:     # tokens of each text, both end marks included, before any cut
     "Count the tokens of prompts, to find the ones that would be cut."
-    return [len(ids) for ids in base.tokenizer(list(prompts), truncation=False).input_ids]
+    return [len(ids) for ids in base.tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
 
-# %% ../nbs/14_base.ipynb #1dc37453
+# %% ../nbs/14_base.ipynb #d65d8bb1
 def _scaling(vae): return vae.config.scaling_factor, getattr(vae.config, 'shift_factor', None) or 0.
 
 @torch.no_grad()
@@ -139,12 +139,13 @@ def encode_image(
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f'images have shape {tuple(images.shape)}; pass (b,3,h,w)')
     if (top := images.abs().max()) > 1.001: raise ValueError(f'images reach {top:.3g}; scale them to [-1,1]')
-    code, (scaling, shift) = base.vae.encode(images.to(base.device, torch.float32)), _scaling(base.vae)
+    images, (scaling, shift) = images.to(base.device, torch.float32).contiguous(), _scaling(base.vae)
+    code = base.vae.encode(images)
     if hasattr(code, 'latents'): z = code.latents
     else: z = code.latent_dist.mode() if generator is None else code.latent_dist.sample(generator)
     return (z - shift)*scaling
 
-# %% ../nbs/14_base.ipynb #52e84177
+# %% ../nbs/14_base.ipynb #d71f7b97
 @torch.no_grad()
 def decode(
     base:Base,     # the model whose autoencoder is used
@@ -152,7 +153,8 @@ def decode(
 ) -> torch.Tensor: # pictures (b,3,h,w) in [-1,1], float32
     "Decode latents to pictures."
     scaling, shift = _scaling(base.vae)
-    return base.vae.decode(latents.to(base.device, torch.float32)/scaling + shift).sample.clamp(-1, 1)
+    z = latents.to(base.device, torch.float32).contiguous()/scaling + shift
+    return base.vae.decode(z).sample.clamp(-1, 1)
 
 # %% ../nbs/14_base.ipynb #9456b65e
 def to_uint8(

@@ -106,7 +106,7 @@ def write_atomic(
     except BaseException: Path(temporary).unlink(missing_ok=True); raise
     return path
 
-# %% ../nbs/00_core.ipynb #ba56c6a4
+# %% ../nbs/00_core.ipynb #545a1dd3
 def _plain(o):
     "Convert what json does not know: arrays, tensors, scalars, paths, sets."
     if isinstance(o, (np.generic, np.ndarray, torch.Tensor)): return o.tolist()
@@ -123,7 +123,6 @@ def write_json(
     except ValueError as e: raise ValueError(f'{path}: {e}; write None for a missing value') from None
     return write_atomic(path, text + '\n')
 
-# %% ../nbs/00_core.ipynb #32afe805
 def read_json(
     path, # file written by `write_json`, or any JSON
 ): # the object

@@ -186,7 +186,7 @@ def sample_dpmpp_2m(
         before, h_before = x0_hat, h
     return x
 
-# %% ../nbs/40_sample.ipynb #ccb60f9b
+# %% ../nbs/40_sample.ipynb #19e74eca
 def iid_noise(
     shape, generators, # shape of one picture (c,h,w); one cpu torch.Generator per picture
     device=None, dtype=None, # of the noise; cpu and float32 if None
@@ -203,7 +203,7 @@ class BrownianPath:
     def _dice(self, *place): return torch.randn(self.shape, generator=seeded('brownian', self.seed, *place))
     def __call__(self, s): # noise level inside the interval
         "Compute the value of the path (c,h,w)."
-        a, b, left, right, k = self.low, self.high, 0., self._dice(0)*(self.high - self.low)**.5, 0
+        a, b, left, right, k, s = self.low, self.high, 0., self._dice(0)*(self.high - self.low)**.5, 0, float(s)
         for level in range(1, self.depth + 1):
             mid, value = (a + b)/2, (left + right)/2 + self._dice(level, k)*(b - a)**.5/2
             k = 2*k + (s >= mid)

@@ -105,7 +105,7 @@ def notebook_page(
         if page and page['source']: cells.append(page)
     return json.dumps({**nb, 'cells': cells}, ensure_ascii=False)
 
-# %% ../nbs/63_site.ipynb #ff283eca
+# %% ../nbs/63_site.ipynb #a885f861
 def write_out(
     entry,  # any part of the configuration
     folder, # the repository
@@ -116,8 +116,9 @@ def write_out(
     if not isinstance(entry, list): return entry
     out = []
     for e in entry:
-        pattern = isinstance(e, str) and '*' in e
-        out += [p.relative_to(folder).as_posix() for p in sorted(folder.glob(e))] if pattern else [write_out(e, folder)]
+        if isinstance(e, str) and '*' in e:
+            out += sorted(p.relative_to(folder).as_posix() for p in folder.glob(e))
+        else: out.append(write_out(e, folder))
     return [e for e in out if not (isinstance(e, dict) and e.get('contents') == [])]
 
 # %% ../nbs/63_site.ipynb #f7608c28

@@ -6,12 +6,12 @@
 __all__ = ['PARTS', 'rgb_to_lab', 'edge_map', 'edge_distances', 'chamfer', 'palette', 'palette_distance', 'Look', 'flat_features',
            'look', 'part_distances', 'Competitor', 'competitor', 'skill_scores']
 
-# %% ../nbs/54_skill.ipynb #68d633c1
+# %% ../nbs/54_skill.ipynb #43e39e84
 from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from scipy.ndimage import distance_transform_edt, sobel
+from scipy.ndimage import correlate1d, distance_transform_edt
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from .metrics import as_images
@@ -29,14 +29,16 @@ def rgb_to_lab(
     f = np.where(t > (6/29)**3, np.cbrt(t), t/(3*(6/29)**2) + 4/29)
     return np.stack([116*f[..., 1] - 16, 500*(f[..., 0] - f[..., 1]), 200*(f[..., 1] - f[..., 2])], -1)
 
-# %% ../nbs/54_skill.ipynb #92ed3b25
+# %% ../nbs/54_skill.ipynb #b068194f
 def edge_map(
     images, # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
     threshold=.15, # smallest gradient of an edge; a black-white step has 1
 ) -> np.ndarray: # True at edges (b,h,w)
     "Find the places where a colour channel changes quickly."
     a = as_images(images).numpy()
-    return np.hypot(sobel(a, 2, mode='nearest'), sobel(a, 3, mode='nearest')).max(1)/4 > threshold
+    slope = lambda along, across: correlate1d(correlate1d(a, [-1, 0, 1], along, mode='nearest'),
+                                              [1, 2, 1], across, mode='nearest')
+    return np.hypot(slope(2, 3), slope(3, 2)).max(1)/4 > threshold
 
 # %% ../nbs/54_skill.ipynb #1e0fec91
 def edge_distances(

@@ -99,7 +99,7 @@ def denoising_loss(
         out = unet(xt, t, encoder_hidden_states=text(ids).last_hidden_state).sample
     return (out.float() - eps).pow(2).mean((1, 2, 3))
 
-# %% ../../nbs/pretrain/06_unet.ipynb #cb14c004
+# %% ../../nbs/pretrain/06_unet.ipynb #4caeffd3
 def save_pipeline(
     folder: str | Path,  # created or overwritten
     unet, vae, text, tokenizer,
@@ -114,5 +114,8 @@ def save_pipeline(
                              set_alpha_to_one=False, steps_offset=1)
     pipe = StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=schedule,
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    for m in (unet, text, vae): m.half()
+    pipe.save_pretrained(folder, safe_serialization=True)
+    for part in Path(folder).glob("*/config.json"):   # the folder a part was loaded from is nobody's business
+        part.write_text(json.dumps({k: v for k, v in json.loads(part.read_text()).items() if k != "_name_or_path"}, indent=2))
     return Path(folder)
