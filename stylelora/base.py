@@ -88,10 +88,11 @@ def tiny_networks() -> tuple: # U-Net, autoencoder, text encoder
         max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1))
     return unet, vae, text_encoder
 
-# %% ../nbs/14_base.ipynb #56d2e766
+# %% ../nbs/14_base.ipynb #aec56b49
 def tiny_base(
     g=None, # cpu torch.Generator for the weights; generator('tiny base') if None
     prediction_type='epsilon', # what the random U-Net is said to predict
+    device='cpu', dtype='float32', # where the networks go, and their number format
 ) -> Base:  # random weights, pictures of 16 pixels, latents (4,8,8)
     "Make a complete base with random weights in memory, for tests."
     with torch.random.fork_rng(devices=[]): nets = tiny_networks()
@@ -100,7 +101,7 @@ def tiny_base(
         if p.ndim > 1: p.data.copy_(torch.randn(p.shape, generator=g)*p[0].numel()**-.5)
         elif name.endswith('bias'): p.data.zero_()
     raw = b''.join(v.numpy().tobytes() for net in nets for v in net.state_dict().values())
-    return make_base('tiny', *nets, tiny_tokenizer(), Schedule('scaled_linear'), prediction_type,
+    return make_base('tiny', *nets, tiny_tokenizer(), Schedule(), prediction_type, device, dtype,
                      hash=sha256_bytes(raw + prediction_type.encode()))
 
 # %% ../nbs/14_base.ipynb #4db6779c

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-# %% ../nbs/00_core.ipynb #c27c60bd
+# %% ../nbs/00_core.ipynb #3a16d181
 def root() -> Path: # folder of the checkout, or the working folder outside one
     "Find the repository: the nearest parent that holds this project's settings.ini."
-    def ours(p): return (f := p/'settings.ini').is_file() and 'lib_name = stylelora' in f.read_text(encoding='utf-8')
+    def ours(p):
+        file = p/'settings.ini'
+        return file.is_file() and 'lib_name = stylelora' in file.read_text(encoding='utf-8')
     cwd, package = Path.cwd(), Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
     candidates = [cwd, *cwd.parents, package, *package.parents]
     return next((p for p in candidates if ours(p)), cwd)
@@ -28,7 +30,7 @@ def assets() -> Path: # `stylelora/assets`, inside the package
     "Locate the folder of the embedded model and the embedded drawings."
     return (Path(__file__).resolve().parent if '__file__' in globals() else root()/'stylelora')/'assets'
 
-# %% ../nbs/00_core.ipynb #e3803c24
+# %% ../nbs/00_core.ipynb #d4152968
 def pick_device(
     device='auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or a torch.device
 ) -> torch.device: # a device that exists on this machine
@@ -37,8 +39,8 @@ def pick_device(
     here = {'cuda': torch.cuda.is_available(), 'mps': bool(mps and mps.is_available()), 'cpu': True}
     kind = str(device).split(':')[0]
     if kind == 'auto': return torch.device(next(k for k in here if here[k]))
-    if kind not in here: raise ValueError(f"device={device!r} is unknown; use 'auto', {', '.join(map(repr, here))}")
-    if not here[kind]: raise ValueError(f"device={device!r} is not available here; use device='auto' or 'cpu'")
+    if kind not in here: raise ValueError(f"device={device!r} is unknown; use 'auto', 'cpu', 'cuda' or 'mps'")
+    if not here[kind]: raise ValueError(f"device={device!r} is not available here; use 'auto' or 'cpu'")
     return torch.device(device)
 
 # %% ../nbs/00_core.ipynb #a3722602
@@ -68,7 +70,7 @@ def generator(
     "Make the generator that belongs to a named random event."
     return torch.Generator(device).manual_seed(seed_of(*parts))
 
-# %% ../nbs/00_core.ipynb #3ef45ede
+# %% ../nbs/00_core.ipynb #ccb14a7e
 def randn_each(
     shape,       # shape of one image (c,h,w)
     generators,  # one cpu torch.Generator per image, b of them
@@ -76,9 +78,10 @@ def randn_each(
     dtype=None,  # its number format, float32 if None
 ) -> torch.Tensor: # unit normal noise (b,c,h,w)
     "Draw noise with one generator per image, so that an image is independent of its batch."
-    if not (generators := list(generators)): raise ValueError('generators is empty; pass one generator per image')
+    generators = list(generators)
+    if not generators: raise ValueError('generators is empty; pass one generator per image')
     if bad := [g for g in generators if g.device.type != 'cpu']:
-        raise ValueError(f'generators on {bad[0].device}: noise is drawn on the cpu; make them with device="cpu"')
+        raise ValueError(f"generator on {bad[0].device}; noise is drawn with generators on the cpu")
     noise = torch.stack([torch.randn(tuple(shape), generator=g, dtype=torch.float32) for g in generators])
     return noise.to(device=device, dtype=dtype)
 
@@ -106,13 +109,13 @@ def write_atomic(
     except BaseException: Path(temporary).unlink(missing_ok=True); raise
     return path
 
-# %% ../nbs/00_core.ipynb #545a1dd3
+# %% ../nbs/00_core.ipynb #d4fd8902
 def _plain(o):
     "Convert what json does not know: arrays, tensors, scalars, paths, sets."
     if isinstance(o, (np.generic, np.ndarray, torch.Tensor)): return o.tolist()
     if isinstance(o, (set, frozenset)): return sorted(o)
     if isinstance(o, (Path, torch.dtype, torch.device)): return str(o)
-    raise TypeError(f'{type(o).__name__} cannot be written as JSON: {o!r}; convert it to numbers or text first')
+    raise TypeError(f'{type(o).__name__} is no JSON: {o!r}; convert it to numbers or text first')
 
 def write_json(
     path, # target file
@@ -129,7 +132,7 @@ def read_json(
     "Read a JSON file."
     return json.loads(Path(path).read_text(encoding='utf-8'))
 
-# %% ../nbs/00_core.ipynb #12975ce1
+# %% ../nbs/00_core.ipynb #5b17f501
 def sha256_bytes(
     data, # bytes or text
 ) -> str: # 64 hexadecimal digits
@@ -142,9 +145,9 @@ def hash_files(
     "Fingerprint files by name and content; order and location do not matter."
     entries = []
     for p in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
-        if not p.exists(): raise FileNotFoundError(f'{p} does not exist; hash_files needs existing files or folders')
-        files = sorted(f for f in p.rglob('*') if f.is_file()) if p.is_dir() else [p]
-        entries += [(str(f.relative_to(p)) if p.is_dir() else f.name, sha256_bytes(f.read_bytes())) for f in files]
+        if not p.exists(): raise FileNotFoundError(f'{p} does not exist; pass existing files or folders')
+        files, top = ([f for f in p.rglob('*') if f.is_file()], p) if p.is_dir() else ([p], p.parent)
+        entries += [(f.relative_to(top).as_posix(), sha256_bytes(f.read_bytes())) for f in files]
     return sha256_bytes(json.dumps(sorted(entries)))
 
 # %% ../nbs/00_core.ipynb #617a579c
@@ -198,7 +201,7 @@ def blobs(
     grid = (torch.arange(size) + .5)/size
     return 2*torch.exp(-((grid - cx)**2 + (grid[:, None] - cy)**2)/(2*width**2))[:, None] - 1
 
-# %% ../nbs/00_core.ipynb #aad9dcdc
+# %% ../nbs/00_core.ipynb #342a443c
 class TinyDenoiser(nn.Module):
     "Predict noise as gain * x + bias * mean(text), through the call of a diffusers U-Net."
     def __init__(self,
@@ -206,7 +209,7 @@ class TinyDenoiser(nn.Module):
         bias=0., # factor on the mean of the text embedding
     ):
         super().__init__()
-        self.gain, self.bias = nn.Parameter(torch.tensor(float(gain))), nn.Parameter(torch.tensor(float(bias)))
+        self.gain, self.bias = (nn.Parameter(torch.tensor(float(v))) for v in (gain, bias))
 
     def forward(self,
         x, # noisy images (b,c,h,w)
@@ -215,5 +218,5 @@ class TinyDenoiser(nn.Module):
         **ignored, # other arguments of a U-Net
     ): # object with the predicted noise as `.sample` (b,c,h,w)
         "Return the predicted noise as an object with a field `sample`."
-        c = torch.ones(len(x), device=x.device) if encoder_hidden_states is None else encoder_hidden_states.mean((1, 2))
-        return SimpleNamespace(sample=self.gain*x + self.bias*expand_as(c.to(x.dtype), x))
+        text = x.new_ones(len(x), 1, 1) if encoder_hidden_states is None else encoder_hidden_states
+        return SimpleNamespace(sample=self.gain*x + self.bias*expand_as(text.mean((1, 2)).to(x.dtype), x))

@@ -266,14 +266,13 @@ def cached(
     if file: write_atomic(file, save({'x': x}))
     return x
 
-# %% ../nbs/21_data.ipynb #5c96f0b2
+# %% ../nbs/21_data.ipynb #f29b9081
 class LatentCache:
     "Compute latents and text embeddings once; keep them in a folder, or in memory only."
     def __init__(self,
         base:Base,   # whose autoencoder and text encoder are used
         folder=None, # where to keep them; None keeps nothing on disk
     ): self.base, self.folder = base, folder
-
     def _latent(self, x): # one picture (h,w,3)
         pixels = np.ascontiguousarray(x)
         x = torch.tensor(pixels).permute(2, 0, 1)[None]/127.5 - 1

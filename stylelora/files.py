@@ -6,11 +6,10 @@
 __all__ = ['FILE', 'to_tensors', 'adapter_config', 'pack', 'save_lora', 'find_file', 'alpha_of', 'from_tensors', 'read_lora',
            'load_lora']
 
-# %% ../nbs/13_files.ipynb #03968409
+# %% ../nbs/13_files.ipynb #e31ff505
 import json, math, re, struct
 from collections import Counter
 from pathlib import Path
-import torch
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from .core import read_json, write_atomic

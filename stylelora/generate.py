@@ -22,7 +22,7 @@ from .core import generator, randn_each, slug, write_atomic, write_json
 from .sample import pick_sampler
 from .schedule import as_schedule
 
-# %% ../nbs/41_generate.ipynb #d81def39
+# %% ../nbs/41_generate.ipynb #b97773b6
 def list_jobs(
     prompts, # a text or a list of n texts
     seeds=0, # a seed, a list of seeds for every prompt, or n lists of seeds
@@ -32,7 +32,7 @@ def list_jobs(
     seeds = [seeds] if isinstance(seeds, (Integral, str)) else list(seeds)
     own = any(isinstance(s, (list, tuple, range)) for s in seeds)
     if own and len(seeds) != len(prompts):
-        raise ValueError(f'{len(seeds)} lists of seeds, {len(prompts)} prompts; pass one each, or a flat list')
+        raise ValueError(f'{len(seeds)} lists of seeds, {len(prompts)} prompts; pass one each or a flat list')
     jobs = [(p, s) for p, ss in zip(prompts, seeds if own else [seeds]*len(prompts)) for s in ss]
     if not jobs: raise ValueError('nothing to draw: pass at least one prompt and one seed')
     return jobs
@@ -132,7 +132,7 @@ class Settings:
         "Compute the noise levels (steps+1,)."
         return pick_sampler(self.sampler).sigmas(schedule, self.steps, self.spacing)
 
-# %% ../nbs/41_generate.ipynb #f119b44c
+# %% ../nbs/41_generate.ipynb #09156e92
 def plan_walk(
     base,   # the Base
     how,    # the Settings
@@ -144,7 +144,7 @@ def plan_walk(
     if images is None: return sigmas, None
     images, n = as_images(images, base.size), len(jobs)
     if len(images) not in (1, len(prompts), n):
-        raise ValueError(f'{len(images)} images for {len(prompts)} prompts and {n} jobs; pass one, or one each')
+        raise ValueError(f'{len(images)} images for {len(prompts)} prompts, {n} jobs; pass one, or one each')
     index = {1: [0]*n, len(prompts): [prompts.index(p) for p, _ in jobs], n: list(range(n))}[len(images)]
     return sigmas[how.steps - kept_steps(how.steps, how.strength):], images[index]
 
@@ -185,7 +185,7 @@ def _reporter(base, n, batch, bar, callback):
         callback(dict(d, n=n, batch=batch, preview=lambda: to_uint8(decode(base, d['x0_hat']))))
     return report
 
-# %% ../nbs/41_generate.ipynb #85602a1d
+# %% ../nbs/41_generate.ipynb #5b926541
 def generate(
     base:Base, prompts, seeds=0, # the model, with or without adapters; a text or n texts; see `list_jobs`
     sampler='ddim', steps=50,    # a name out of SAMPLERS; number of steps
@@ -200,8 +200,9 @@ def generate(
     if batch < 1: raise ValueError(f'batch={batch}; draw at least one picture at a time')
     how, jobs = Settings(sampler, steps, cfg_scale, negative, **more), list_jobs(prompts, seeds)
     sigmas, start = plan_walk(base, how, jobs, images)
-    spans, k = [range(i, min(i + batch, len(jobs))) for i in range(0, len(jobs), batch)], len(sigmas) - 1
+    n, k = len(jobs), len(sigmas) - 1
+    spans = [slice(i, min(i + batch, n)) for i in range(0, n, batch)]
     with _evaluating(base.unet), tqdm(total=k*len(spans), unit='step', disable=not progress) as bar:
-        parts = [draw_batch(base, how, [jobs[i] for i in b], sigmas, start if start is None else start[list(b)],
-                            _reporter(base, k, b, bar, callback)) for b in spans]
+        parts = [draw_batch(base, how, jobs[b], sigmas, None if start is None else start[b],
+                            _reporter(base, k, range(n)[b], bar, callback)) for b in spans]
     return Images(np.concatenate([p for p, _ in parts]), pd.concat([t for _, t in parts], ignore_index=True))

@@ -35,11 +35,16 @@ class LoRALayer(nn.Module):
         self.lora_A, self.lora_B = (nn.Parameter(w.to(base.weight.device)) for w in (A, nn.init.zeros_(B)))
         self.train(base.training)
 
-# %% ../nbs/12_lora.ipynb #e121e181
+# %% ../nbs/12_lora.ipynb #deeb0b7e
 class _Adapted(LoRALayer):
     scale = property(lambda self: self.strength*self.lora_alpha/self.rank)
     merged = property(lambda self: bool(self._kept))
     weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
+
+    def _input(self, x):
+        "Bring the input of A to the adapter's precision, unless autocast will, and drop out."
+        if not torch.is_autocast_enabled(x.device.type): x = x.to(self.lora_A.dtype)
+        return F.dropout(x, self.dropout, self.training)
 
     def forward(self, x, *args, **kwargs): # what the base takes
         "Add the update to the output of the base, unless it is off or merged."
@@ -57,23 +62,22 @@ class _Adapted(LoRALayer):
         "Put the original weight back, the same object as before."
         if self.merged: self.base.weight, self._kept = self._kept[0], []
 
-# %% ../nbs/12_lora.ipynb #c1e6b640
+# %% ../nbs/12_lora.ipynb #fb94c5d4
 class LoRALinear(_Adapted):
     "Add scale * B @ A to the weight of a linear layer. Hu et al. 2022, eq. 3."
     def _shapes(self): return (self.rank, self.base.in_features), (self.base.out_features, self.rank)
 
     def delta(self, x):
         "Compute the update of the output through the narrow waist of `rank` features."
-        h = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        return F.linear(F.linear(h, self.lora_A)*self.scale, self.lora_B)
+        return F.linear(F.linear(self._input(x), self.lora_A)*self.scale, self.lora_B)
 
     def delta_weight(self):
         "Form the update of the weight (d,k), float32."
         return self.scale * self.lora_B.detach() @ self.lora_A.detach()
 
-# %% ../nbs/12_lora.ipynb #69ec7bbb
+# %% ../nbs/12_lora.ipynb #01413625
 class LoRAConv2d(_Adapted):
-    "Add a rank-r convolution to a convolution: A keeps the kernel, B is 1x1. Hu et al. 2022, eq. 3."
+    "Add a rank-r pair of kernels to a convolution: A keeps its size, B is 1x1."
     def _shapes(self):
         b = self.base
         if b.groups != 1 or b.padding_mode != 'zeros':
@@ -83,8 +87,8 @@ class LoRAConv2d(_Adapted):
 
     def delta(self, x):
         "Compute the update of the output (b,d,h,w) through `rank` channels."
-        b, h = self.base, F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        h = F.conv2d(h, self.lora_A, None, b.stride, b.padding, b.dilation)
+        b = self.base
+        h = F.conv2d(self._input(x), self.lora_A, None, b.stride, b.padding, b.dilation)
         return F.conv2d(h*self.scale, self.lora_B)
 
     def delta_weight(self):
@@ -231,13 +235,13 @@ def _check(model, state):
         if n in there and there[n].rank != A[0]:
             raise ValueError(f'{n}: rank {A[0]} is stored, {there[n].rank} in place; remove(model) first')
 
-# %% ../nbs/12_lora.ipynb #0665975a
+# %% ../nbs/12_lora.ipynb #2d56bfa5
 def load_state(
     model,    # nn.Module, bare or with adapters on the same layers
     state,    # layer name -> {'A','B','alpha'}, see `lora_state`
     scale=1., # strength of the loaded adapters
 ) -> list:    # names of the adapted layers
-    "Put stored adapters into a model, each with the rank and lora_alpha that it was stored with."
+    "Put stored adapters into a model, each with its own rank and lora_alpha."
     _check(model, state)
     if not lora_layers(model): model.requires_grad_(False)
     for n, s in state.items():

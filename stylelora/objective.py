@@ -6,12 +6,12 @@
 __all__ = ['LAWS', 'WEIGHTS', 'timestep_probs', 'sample_t', 'space_factor', 'loss_weights', 'effective_mass', 'spread', 'density',
            'doses', 'Objective', 'training_target', 'diffusion_loss']
 
-# %% ../nbs/11_objective.ipynb #b6d3b3a3
+# %% ../nbs/11_objective.ipynb #6dbea3ac
 import torch
 from .core import expand_as
-from .schedule import PREDICTIONS, Schedule, as_schedule, remap_t, share_clipped, to_v
+from .schedule import PREDICTIONS, Schedule, as_schedule, remap_t
 
-# %% ../nbs/11_objective.ipynb #e9196b2c
+# %% ../nbs/11_objective.ipynb #f465d0bd
 LAWS = ('uniform', 'snr_weighted', 'high_noise', 'low_noise', 'snr', 'inverse_snr', 'beta_high', 'beta_low',
         'late_quarter', 'style_friendly')
 
@@ -20,15 +20,16 @@ def timestep_probs(
     schedule='scaled_linear', # a Schedule or the name of one
 ) -> torch.Tensor: # probability of each training step (T,), float64, sums to 1
     """Compute the probability with which each training step is drawn.
-    Proposal, section 4.1; style_friendly after Choi et al. 2024, with mean -3.5 and deviation 1.2 in log-SNR."""
+    Proposal, section 4.1; style_friendly after Choi et al. 2024, as a normal of mean -3.5, deviation 1.2."""
     if law not in LAWS: raise ValueError(f'law={law!r} is unknown; use one of {", ".join(LAWS)}')
     s = as_schedule(schedule)
     u, one = (s.steps + .5)/s.n_train, torch.ones_like(s.steps)
     p = dict(
-        uniform=lambda: one, snr_weighted=lambda: s.snr.sqrt(), snr=lambda: s.snr, inverse_snr=lambda: 1/(1 + s.snr),
+        uniform=lambda: one, snr_weighted=lambda: s.snr.sqrt(), snr=lambda: s.snr,
+        inverse_snr=lambda: 1/(1 + s.snr),
         high_noise=lambda: (u > .5)*one, low_noise=lambda: (u < .5)*one, late_quarter=lambda: one + (u > .75),
         beta_high=lambda: u**2, beta_low=lambda: (1 - u)**2,
-        style_friendly=lambda: torch.exp(-(s.log_snr + 3.5)**2/(2*1.2**2))*-torch.gradient(s.log_snr)[0])[law]()
+        style_friendly=lambda: -torch.exp(-((s.log_snr + 3.5)/1.2)**2/2)*torch.gradient(s.log_snr)[0])[law]()
     return p/p.sum()
 
 # %% ../nbs/11_objective.ipynb #a60a1852
@@ -44,14 +45,15 @@ def sample_t(
     cdf = probs.cumsum(0)
     return torch.searchsorted(cdf, u*cdf[-1], right=True).clamp(max=len(probs) - 1)
 
-# %% ../nbs/11_objective.ipynb #0f41ec91
+# %% ../nbs/11_objective.ipynb #487f871c
 def space_factor(
     schedule:Schedule, # the noise schedule
     prediction='epsilon', # what the network predicts, one of PREDICTIONS
 ) -> torch.Tensor: # factor (T,) that turns the squared error of that prediction into that of the noise
     "Compute how large the noise error is, per unit of squared error in another prediction."
     if prediction not in PREDICTIONS: raise ValueError(f'prediction={prediction!r}; use one of {PREDICTIONS}')
-    return dict(epsilon=torch.ones_like(schedule.snr), sample=schedule.snr, v_prediction=schedule.alphas_cumprod)[prediction]
+    s = schedule
+    return dict(epsilon=torch.ones_like(s.snr), sample=s.snr, v_prediction=s.alphas_cumprod)[prediction]
 
 # %% ../nbs/11_objective.ipynb #ffe26190
 WEIGHTS = ('mse', 'min_snr', 'p2', 'snr', 'snr_clipped')
@@ -104,21 +106,22 @@ def density(
     counts = torch.histogram(-2*schedule.sigma_at(steps).log(), bins=edges, weight=m).hist
     return counts/edges.diff()
 
-# %% ../nbs/11_objective.ipynb #c0650b89
+# %% ../nbs/11_objective.ipynb #bd465840
 def doses(
     mass:torch.Tensor, # mass of each step (T,)
     schedule:Schedule, # the schedule that makes the noise
     base:Schedule,     # the schedule that the base model was trained on
 ) -> dict: # mean_t, mean_log_snr, tv, ess, clipped
     "Summarise an effective density by five numbers."
-    low, high, (steps, m) = base.log_snr[-1] - 1e-9, base.log_snr[0] + 1e-9, spread(mass)
-    base_t, outside = remap_t(steps, schedule, base), (schedule.log_snr < low) | (schedule.log_snr > high)
-    moved = torch.histogram(base_t, bins=base.n_train, range=(-.5, base.n_train - .5), weight=m).hist
-    numbers = dict(mean_t=(base_t*m).sum(), mean_log_snr=(mass*schedule.log_snr).sum(),
-                   tv=(moved - 1/base.n_train).abs().sum()/2, ess=1/(len(mass)*mass.square().sum()), clipped=mass[outside].sum())
+    (steps, m), levels, T = spread(mass), schedule.log_snr, base.n_train
+    outside = (levels < base.log_snr[-1] - 1e-9) | (levels > base.log_snr[0] + 1e-9)
+    base_t = remap_t(steps, schedule, base)
+    moved = torch.histogram(base_t, bins=T, range=(-.5, T - .5), weight=m).hist
+    numbers = dict(mean_t=(base_t*m).sum(), mean_log_snr=(mass*levels).sum(), tv=(moved - 1/T).abs().sum()/2,
+                   ess=1/(len(mass)*mass.square().sum()), clipped=mass[outside].sum())
     return {name: value.item() for name, value in numbers.items()}
 
-# %% ../nbs/11_objective.ipynb #60b7a696
+# %% ../nbs/11_objective.ipynb #ece5d38c
 class Objective:
     "Bundle schedule, timestep law and loss weight into the tables that training reads."
     def __init__(self,
@@ -132,7 +135,7 @@ class Objective:
     ):
         s, b = self.schedule, self.base_schedule = as_schedule(schedule), as_schedule(base_schedule)
         if not remap and s.n_train != b.n_train:
-            raise ValueError(f'{s.n_train} steps for a base trained on {b.n_train}; use remap=True or equal n_train')
+            raise ValueError(f'{s.n_train} steps for a base of {b.n_train}; use remap=True or equal n_train')
         self.law, self.weight, self.gamma, self.remap, self.prediction = law, weight, gamma, remap, prediction
         self.probs, weights = timestep_probs(law, s), loss_weights(weight, s, prediction, gamma)
         self.weights = weights/(self.probs*weights).sum()

@@ -9,7 +9,7 @@ __all__ = ['TIE', 'unit', 'style_scores', 'gallery_of', 'expected_rank', 'conten
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/52_paired.ipynb #ad27cb53
+# %% ../nbs/52_paired.ipynb #88d8929c
 def unit(
     v, # vectors (…,d), array or tensor
 ) -> np.ndarray: # the same directions with length 1, float64; NaN stays NaN
@@ -25,11 +25,11 @@ def _checked(x, rows, grid, target):
     if rows.shape != (len(x),) or not np.issubdtype(rows.dtype, np.integer):
         raise ValueError(f'rows {rows.shape}: want one concept index for each of the {len(x)} pictures')
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(grid):
-        raise ValueError(f'rows reach from {rows.min()} to {rows.max()}, but the grid has {len(grid)} concepts')
-    if not 0 <= target < grid.shape[1]: raise ValueError(f'target={target}: the grid has {grid.shape[1]} vendors')
-    return x, rows, grid
+        raise ValueError(f'rows from {rows.min()} to {rows.max()}, but the grid has {len(grid)} concepts')
+    if 0 <= target < grid.shape[1]: return x, rows, grid
+    raise ValueError(f'target={target}, but the grid has {grid.shape[1]} vendors')
 
-# %% ../nbs/52_paired.ipynb #b12eb4eb
+# %% ../nbs/52_paired.ipynb #81329de1
 TIE = 1e-9   # cosines closer than this are equal: below rounding of float32 embeddings, above that of float64
 
 def style_scores(
@@ -38,7 +38,7 @@ def style_scores(
     grid,   # style embeddings of the drawings (concepts,vendors,d); NaN rows are missing
     target, # index of the vendor whose style is wanted
 ) -> pd.DataFrame: # per picture style_margin, style_at_1, style_chance, style_vendors
-    "Compare each picture with all drawings of its own concept: whose hand is nearest?"
+    "Tell whose hand each picture is nearest to, among all drawings of its own concept."
     x, rows, grid = _checked(x, rows, grid, target)
     d = 1 - np.einsum('bd,bvd->bv', x, grid[rows])
     own, others = d[:, target], np.delete(d, target, axis=1)
@@ -62,16 +62,17 @@ def gallery_of(
     total = np.where(there[..., None], others, 0).sum(1)
     return np.where(count[:, None] >= min_vendors, total/np.maximum(count, 1)[:, None], np.nan)
 
-# %% ../nbs/52_paired.ipynb #2b5ecd8c
+# %% ../nbs/52_paired.ipynb #667c97dd
 def expected_rank(
     nearer, # how many wrong answers are strictly nearer (b,)
     tied,   # how many wrong answers are exactly as near (b,)
 ): # expected hit at rank 1, rank, and reciprocal rank, each (b,)
     "Break ties at random, in expectation."
     harmonic = np.concatenate([[0], np.cumsum(1/np.arange(1, np.max(nearer + tied, initial=0) + 2))])
-    return ((nearer == 0)/(1 + tied), 1 + nearer + tied/2, (harmonic[nearer + tied + 1] - harmonic[nearer])/(1 + tied))
+    reciprocal = (harmonic[nearer + tied + 1] - harmonic[nearer])/(1 + tied)
+    return (nearer == 0)/(1 + tied), 1 + nearer + tied/2, reciprocal
 
-# %% ../nbs/52_paired.ipynb #707e272d
+# %% ../nbs/52_paired.ipynb #8ebc5a90
 def content_scores(
     x,      # content embeddings of the pictures (b,d)
     rows,   # index of each picture's concept in the grid (b,)
@@ -89,7 +90,8 @@ def content_scores(
     margin = -np.where(np.isnan(gap), -np.inf, gap).max(1, initial=-np.inf)
     scores = dict(content_at_1=hit, content_rank=rank, content_rr=rr, content_margin=margin)
     scores = {k: np.where(np.isnan(own), np.nan, v) for k, v in scores.items()}
-    return pd.DataFrame(scores | dict(content_gallery=int((~np.isnan(gallery[:, 0])).sum())), index=range(len(x)))
+    size = int((~np.isnan(gallery[:, 0])).sum())
+    return pd.DataFrame(scores | dict(content_gallery=size), index=range(len(x)))
 
 # %% ../nbs/52_paired.ipynb #d57886b2
 def leaked(

@@ -6,16 +6,15 @@
 __all__ = ['PALETTE', 'VENDOR_PALETTE', 'colour', 'setup_style', 'axes', 'to_rgb', 'canvas', 'image_grid', 'curve', 'band',
            'reference', 'scatter_ci', 'forest', 'save_figure']
 
-# %% ../nbs/01_plots.ipynb #9e2c918e
+# %% ../nbs/01_plots.ipynb #34cf0594
 import io
 from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
 from .core import seed_of, write_atomic
 
-# %% ../nbs/01_plots.ipynb #c5d949f2
+# %% ../nbs/01_plots.ipynb #9f1c8f3e
 PALETTE = dict(
     base='#8a8a8a', truth='#1a1a1a', floor='#b0b0b0', ceiling='#555555', train='#0072b2', val='#d55e00',
     scaled_linear='#3a3a3a', quadratic='#c9a400', linear='#0072b2', cosine='#d55e00',
@@ -25,10 +24,9 @@ PALETTE = dict(
     ddim='#0072b2', euler='#e69f00', euler_ancestral='#d55e00', dpmpp_2m='#009e73', dpmpp_sde='#cc79a7',
     rank4='#9ecae1', rank8='#6baed6', rank16='#2171b5', rank32='#08306b')
 VENDOR_PALETTE = dict(
-    noto='#f9a825', noto_v1='#c17900', twemoji='#1d9bf0', emojione='#43a047', fxemoji='#e8590c', openmoji='#7b4ea3',
-    fluent_high_contrast='#111111', fluent_3d='#d6336c', fluent_flat='#00897b', streamline='#5c6bc0', emojione_v1='#9e9d24')
+    noto='#f9a825', blob='#a86800', twemoji='#1d9bf0', emojione='#43a047', fxemoji='#e8590c',
+    openmoji='#7b4ea3', ink='#111111', fluent3d='#d6336c', streamline='#5c6bc0', flat='#00897b')
 
-# %% ../nbs/01_plots.ipynb #197dcd34
 def colour(
     name, # name of a role, schedule, arm, sampler, vendor, or anything else
 ): # colour as '#rrggbb'
@@ -37,16 +35,17 @@ def colour(
     key = str(name).replace('-', '_')
     return known.get(key, mpl.colors.to_hex(mpl.colors.hsv_to_rgb((seed_of(key) % 360/360, .65, .75))))
 
-# %% ../nbs/01_plots.ipynb #5bb7b96e
+# %% ../nbs/01_plots.ipynb #3423c49c
 def setup_style(
     scale=1., # factor on all font sizes
 ):
     "Set matplotlib's defaults to the project's look; call it once at the top of a notebook."
     mpl.rcParams.update({
-        'figure.dpi': 84, 'figure.constrained_layout.use': True, 'font.size': 9*scale, 'axes.titlesize': 9*scale,
-        'legend.fontsize': 8*scale, 'legend.frameon': False, 'axes.spines.top': False, 'axes.spines.right': False,
-        'axes.linewidth': .6, 'axes.grid': True, 'grid.color': '.92', 'axes.axisbelow': True, 'lines.linewidth': 1.6,
-        'xtick.major.width': .6, 'ytick.major.width': .6, 'svg.hashsalt': 'stylelora', 'svg.fonttype': 'path'})
+        'figure.dpi': 84, 'figure.constrained_layout.use': True, 'lines.linewidth': 1.6,
+        'font.size': 9*scale, 'axes.titlesize': 9*scale, 'legend.fontsize': 8*scale, 'legend.frameon': False,
+        'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .6, 'axes.grid': True,
+        'grid.color': '.92', 'axes.axisbelow': True, 'xtick.major.width': .6, 'ytick.major.width': .6,
+        'svg.hashsalt': 'stylelora', 'svg.fonttype': 'path'})
 
 # %% ../nbs/01_plots.ipynb #9c35a82f
 def axes(
@@ -56,21 +55,23 @@ def axes(
     "Return the given axes, or those of a new figure."
     return plt.subplots(figsize=figsize)[1] if ax is None else ax
 
-# %% ../nbs/01_plots.ipynb #1b2f09d5
+# %% ../nbs/01_plots.ipynb #fd679db9
 def to_rgb(
     image, # (3,h,w), (1,h,w), (h,w), (h,w,3) tensor or array, or a PIL image
     span=(0, 1), # values shown as black and white; bytes ignore it
 ) -> np.ndarray: # (h,w,3) floats in [0,1]
     "Convert any picture to an RGB array for showing."
-    a = np.asarray(image.detach().float().cpu() if hasattr(image, 'detach') and image.is_floating_point() else image)
+    if hasattr(image, 'detach'): image = image.detach().cpu()
+    a = np.asarray(image.float() if getattr(image, 'is_floating_point', bool)() else image)
     low, high = (0, 255) if a.dtype == np.uint8 else span
     if a.ndim == 2: a = a[None]
     if a.ndim != 3 or not {a.shape[0], a.shape[-1]} & {1, 3}:
         raise ValueError(f'a picture of shape {a.shape} is neither (c,h,w) nor (h,w,c) with 1 or 3 channels')
-    if a.shape[-1] not in (1, 3) or (a.shape[0] in (1, 3) and a.shape[1] == a.shape[2]): a = a.transpose(1, 2, 0)
+    last = a.shape[-1] in (1, 3) and not (a.shape[0] in (1, 3) and a.shape[1] == a.shape[2])
+    if not last: a = a.transpose(1, 2, 0)
     return np.clip((np.broadcast_to(a, (*a.shape[:2], 3)).astype(float) - low)/(high - low), 0, 1)
 
-# %% ../nbs/01_plots.ipynb #8a30cb33
+# %% ../nbs/01_plots.ipynb #db8fcdac
 def canvas(
     images, # nested sequence: rows of pictures, or an array (n,m,3,h,w); None leaves a gap
     span=(0, 1), # values shown as black and white
@@ -79,7 +80,7 @@ def canvas(
     "Paste rows of pictures of one size on a white canvas."
     tiles = [[None if i is None else to_rgb(i, span) for i in row] for row in images]
     sizes = {t.shape[:2] for row in tiles for t in row if t is not None}
-    if len(sizes) != 1: raise ValueError(f'a grid needs pictures of one size, got {sorted(sizes)}; resize them first')
+    if len(sizes) != 1: raise ValueError(f'pictures of sizes {sorted(sizes)}; a grid needs one, resize them')
     (h, w), n, m = sizes.pop(), len(tiles), max(map(len, tiles))
     page = np.ones((n*(h + gap) - gap, m*(w + gap) - gap, 3))
     for i, row in enumerate(tiles):
@@ -111,7 +112,7 @@ def image_grid(
     ax.grid(False)
     return ax
 
-# %% ../nbs/01_plots.ipynb #7500e4cb
+# %% ../nbs/01_plots.ipynb #9afbcdb8
 def curve(
     x, # positions (n,)
     y, # values (n,), or one row per seed (k,n)
@@ -121,8 +122,7 @@ def curve(
     **style, # passed to the line: ls, lw, color, marker …
 ): # axes
     "Draw a line; with several seeds draw each thinly and their mean boldly."
-    ax, y = axes(ax), np.atleast_2d(np.asarray(y, dtype=float))
-    style = dict(color=colour(name)) | style
+    ax, y, style = axes(ax), np.atleast_2d(np.asarray(y, dtype=float)), dict(color=colour(name)) | style
     if len(y) > 1: ax.plot(x, y.T, lw=.6, alpha=.45, color=style['color'])
     ax.plot(x, y.mean(0), label=name if label is None else label, **style)
     return ax
@@ -139,7 +139,7 @@ def band(
     ax.fill_between(np.asarray(x), np.asarray(low), np.asarray(high), color=colour(name), alpha=.18, lw=0)
     return ax
 
-# %% ../nbs/01_plots.ipynb #c96cbd3e
+# %% ../nbs/01_plots.ipynb #94e74947
 def reference(
     value, # where the line is
     name='floor', # its name, written at the line, and its colour
@@ -150,11 +150,11 @@ def reference(
     ax = axes(ax)
     (ax.axhline if axis == 'y' else ax.axvline)(value, color=colour(name), ls=(0, (4, 3)), lw=1, zorder=0)
     spot = dict(xy=(1, value), xycoords=('axes fraction', 'data'), ha='right', va='bottom')
-    if axis == 'x': spot = dict(xy=(value, 1), xycoords=('data', 'axes fraction'), ha='right', va='top', rotation=90)
+    if axis == 'x': spot |= dict(xy=(value, 1), xycoords=('data', 'axes fraction'), va='top', rotation=90)
     ax.annotate(name, color=colour(name), fontsize='small', **spot)
     return ax
 
-# %% ../nbs/01_plots.ipynb #29a1f1e7
+# %% ../nbs/01_plots.ipynb #7132229d
 def scatter_ci(
     x, y,  # estimates (n,) each
     names, # n names, which decide the colours
@@ -165,12 +165,12 @@ def scatter_ci(
 ): # axes
     "Draw named points with their intervals."
     ax = axes(ax)
-    reach = lambda v, ci: None if ci is None else np.abs(np.asarray(ci, float) - np.asarray(v, float)[:, None]).T
-    ex, ey = reach(x, x_ci), reach(y, y_ci)
+    reach = lambda v, ci, i: None if ci is None else np.abs(np.asarray(ci[i], float) - v[i])[:, None]
     for i, name in enumerate(names):
-        ax.errorbar(x[i], y[i], xerr=None if ex is None else ex[:, i:i+1], yerr=None if ey is None else ey[:, i:i+1],
-                    fmt=marker, color=colour(name), ms=5, elinewidth=1, capsize=0)
-        ax.annotate(name, (x[i], y[i]), xytext=(5, 4), textcoords='offset points', fontsize='small', color=colour(name))
+        ax.errorbar(x[i], y[i], xerr=reach(x, x_ci, i), yerr=reach(y, y_ci, i), fmt=marker, ms=5,
+                    color=colour(name), elinewidth=1, capsize=0)
+        ax.annotate(name, (x[i], y[i]), xytext=(5, 4), textcoords='offset points', fontsize='small',
+                    color=colour(name))
     return ax
 
 # %% ../nbs/01_plots.ipynb #5d472e31
@@ -191,7 +191,7 @@ def forest(
     ax.set_ylim(len(names) - .5, -.5)
     return ax
 
-# %% ../nbs/01_plots.ipynb #198fad0b
+# %% ../nbs/01_plots.ipynb #f7235780
 def save_figure(
     fig,  # matplotlib figure
     path, # file; the suffix is set by kind
@@ -199,12 +199,12 @@ def save_figure(
     limit=200_000, # largest PNG in bytes
 ) -> Path: # the file written
     "Save a figure: line drawings as SVG, pictures as a PNG that is small enough to commit."
-    if kind not in ('lines', 'images'): raise ValueError(f"kind={kind!r}; use 'lines' (SVG) or 'images' (PNG)")
+    if kind not in ('lines', 'images'): raise ValueError(f"kind={kind!r}; use 'lines' or 'images'")
+    path, suffix = Path(path), dict(lines='.svg', images='.png')[kind]
     def draw(**options):
-        fig.savefig(out := io.BytesIO(), bbox_inches='tight', **options)
+        fig.savefig(out := io.BytesIO(), bbox_inches='tight', format=suffix[1:], **options)
         return out.getvalue()
-    if kind == 'lines': return write_atomic(Path(path).with_suffix('.svg'), draw(format='svg', metadata={'Date': None}))
+    if kind == 'lines': return write_atomic(path.with_suffix(suffix), draw(metadata={'Date': None}))
     for dpi in (200, 160, 130, 100, 80, 60, 45):
-        if len(raw := draw(format='png', dpi=dpi)) <= limit: break
-    else: raise ValueError(f'{path}: {len(raw)} bytes at {dpi} dpi is over {limit}; draw fewer or smaller pictures')
-    return write_atomic(Path(path).with_suffix('.png'), raw)
+        if len(raw := draw(dpi=dpi)) <= limit: return write_atomic(path.with_suffix(suffix), raw)
+    raise ValueError(f'{path}: {len(raw)} bytes at {dpi} dpi is over {limit}; draw fewer or smaller pictures')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'get_timesteps', 'get_sigmas', 'steps', 'ask', 'mixture_model', 'split_noise', 'sample_ddim', 'fresh',
-           'sample_euler', 'sample_euler_ancestral', 'sample_heun', 'sample_dpmpp_2m', 'iid_noise', 'BrownianPath',
+           'sample_euler', 'sample_euler_ancestral', 'sample_heun', 'sample_dpmpp_2m', 'BrownianPath', 'iid_noise',
            'brownian_noise', 'sample_dpmpp_sde', 'Sampler', 'pick_sampler']
 
 # %% ../nbs/40_sample.ipynb #b093f46b
@@ -186,14 +186,7 @@ def sample_dpmpp_2m(
         before, h_before = x0_hat, h
     return x
 
-# %% ../nbs/40_sample.ipynb #19e74eca
-def iid_noise(
-    shape, generators, # shape of one picture (c,h,w); one cpu torch.Generator per picture
-    device=None, dtype=None, # of the noise; cpu and float32 if None
-) -> Callable:         # noise_sampler(sigma, sigma_next) -> (b,c,h,w)
-    "Make a source of independent noise."
-    return lambda sigma, sigma_next: randn_each(shape, generators, device, dtype)
-
+# %% ../nbs/40_sample.ipynb #a37376d4
 class BrownianPath:
     "Hold one Brownian path over an interval of noise levels, by repeated halving."
     def __init__(self, shape, generator, low, high, tol=1e-5): # (c,h,w), cpu generator, ends, finest interval
@@ -203,7 +196,8 @@ class BrownianPath:
     def _dice(self, *place): return torch.randn(self.shape, generator=seeded('brownian', self.seed, *place))
     def __call__(self, s): # noise level inside the interval
         "Compute the value of the path (c,h,w)."
-        a, b, left, right, k, s = self.low, self.high, 0., self._dice(0)*(self.high - self.low)**.5, 0, float(s)
+        a, b, k, s = self.low, self.high, 0, float(s)
+        left, right = 0., self._dice(0)*(b - a)**.5
         for level in range(1, self.depth + 1):
             mid, value = (a + b)/2, (left + right)/2 + self._dice(level, k)*(b - a)**.5/2
             k = 2*k + (s >= mid)
@@ -211,7 +205,14 @@ class BrownianPath:
             else: b, right = mid, value
         return left + (right - left)*(s - a)/(b - a)
 
-# %% ../nbs/40_sample.ipynb #89b1202c
+# %% ../nbs/40_sample.ipynb #4c5013d3
+def iid_noise(
+    shape, generators, # shape of one picture (c,h,w); one cpu torch.Generator per picture
+    device=None, dtype=None, # of the noise; cpu and float32 if None
+) -> Callable:         # noise_sampler(sigma, sigma_next) -> (b,c,h,w)
+    "Make a source of independent noise."
+    return lambda sigma, sigma_next: randn_each(shape, generators, device, dtype)
+
 def brownian_noise(
     shape, generators, # shape of one picture (c,h,w); one cpu torch.Generator per picture
     sigmas,            # the noise levels of the sampler; the path spans the positive ones
@@ -225,7 +226,7 @@ def brownian_noise(
         return z.to(device=device, dtype=dtype)
     return noise
 
-# %% ../nbs/40_sample.ipynb #6ba82560
+# %% ../nbs/40_sample.ipynb #7e44ecb6
 def sample_dpmpp_sde(
     model, x,           # callable model(x, sigma) -> x0_hat; start x0 + sigma*eps (b,c,h,w)
     sigmas,             # descending noise levels (n+1,)
@@ -233,7 +234,7 @@ def sample_dpmpp_sde(
     noise_sampler=None, # noise_sampler(sigma, sigma_next) -> unit noise (b,c,h,w), of a Brownian path
     callback=None,      # function of the dict of `ask`
 ) -> torch.Tensor:      # pictures at noise sigmas[-1] (b,c,h,w)
-    """Sample with the stochastic DPM-Solver++, two calls a step; a step to zero is an Euler step.
+    """Sample with the stochastic DPM-Solver++, two calls a step; a step to zero is Euler.
     Lu et al. 2022, section 5; k-diffusion's sample_dpmpp_sde with r = 1/2."""
     def move(x, x0_hat, s, s_next):
         down, up = split_noise(s, s_next, eta)

@@ -11,7 +11,7 @@ import math
 import torch
 from .core import expand_as
 
-# %% ../nbs/10_schedule.ipynb #3f2ec528
+# %% ../nbs/10_schedule.ipynb #a6f39994
 SCHEDULES = ('scaled_linear', 'quadratic', 'linear', 'cosine')
 
 def make_betas(
@@ -22,7 +22,7 @@ def make_betas(
 ) -> torch.Tensor:        # variance increments (T,), float64
     """Compute the betas of a named schedule.
     Proposal, Appendix B; the cosine as in Nichol & Dhariwal 2021, eq. 17, clipped at 0.999."""
-    if name not in SCHEDULES: raise ValueError(f'schedule={name!r} is unknown; use one of {", ".join(SCHEDULES)}')
+    if name not in SCHEDULES: raise ValueError(f'schedule={name!r}; use one of {", ".join(SCHEDULES)}')
     line = lambda a, b, n=n_train: torch.linspace(a, b, n, dtype=torch.float64)
     if name == 'linear': return line(beta_start, beta_end)
     if name in ('quadratic', 'scaled_linear'): return line(beta_start**.5, beta_end**.5)**2
@@ -43,7 +43,7 @@ def interpolate(
     i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
     return torch.lerp(ys[i-1], ys[i], ((x - xs[i-1])/(xs[i] - xs[i-1])).clamp(0, 1))
 
-# %% ../nbs/10_schedule.ipynb #f72c70b1
+# %% ../nbs/10_schedule.ipynb #63237012
 class Schedule:
     "Hold a noise schedule as float64 tables over the training steps."
     def __init__(self,
@@ -53,9 +53,10 @@ class Schedule:
         beta_start=0.00085,   # first beta of a named schedule
         beta_end=0.012,       # last beta of a named schedule
     ):
-        betas = make_betas(name, n_train, beta_start, beta_end) if betas is None else torch.as_tensor(betas).double()
+        if betas is None: betas = make_betas(name, n_train, beta_start, beta_end)
+        betas = torch.as_tensor(betas).double()
         if betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(f'betas of {name!r} must be a list of two or more numbers in (0,1); check for 0, 1 and nan')
+            raise ValueError(f'betas of {name!r} must be two or more numbers in (0,1), not 0, 1 or nan')
         self.name, self.betas, self.n_train = name, betas, len(betas)
         self.steps, self.alphas_cumprod = torch.arange(len(betas)).double(), (1 - betas).cumprod(0)
         self.snr = self.alphas_cumprod/(1 - self.alphas_cumprod)
@@ -65,10 +66,10 @@ class Schedule:
         "Look up the noise level at a step; steps outside the table count as its ends."
         return interpolate(t, self.steps, self.sigmas.log()).exp()
     def t_at(self, sigma): # noise level > 0, number or tensor
-        "Look up the (fractional) step at a noise level; levels outside the table count as its ends."
+        "Look up the (fractional) step at a noise level; levels beyond the table count as its ends."
         return interpolate(torch.as_tensor(sigma).log(), self.sigmas.log(), self.steps)
 
-# %% ../nbs/10_schedule.ipynb #d696023e
+# %% ../nbs/10_schedule.ipynb #c47af14b
 def as_schedule(
     schedule, # a Schedule, or a name out of SCHEDULES
 ) -> Schedule: # the schedule
@@ -76,13 +77,13 @@ def as_schedule(
     return schedule if isinstance(schedule, Schedule) else Schedule(schedule)
 
 def schedule_from_config(
-    config, # dict of a diffusers scheduler: beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas
+    config, # dict: beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas
 ) -> Schedule: # the same numbers
     "Read the schedule out of a diffusers scheduler configuration."
     names = dict(scaled_linear='scaled_linear', linear='linear', squaredcos_cap_v2='cosine')
     name = config.get('beta_schedule', 'linear')
     if config.get('trained_betas') is not None: return Schedule('trained', betas=config['trained_betas'])
-    if name not in names: raise ValueError(f'beta_schedule={name!r} is not supported; use one of {", ".join(names)}')
+    if name not in names: raise ValueError(f'beta_schedule={name!r} is none of {", ".join(names)}')
     return Schedule(names[name], n_train=config.get('num_train_timesteps', 1000),
                     beta_start=config.get('beta_start', 1e-4), beta_end=config.get('beta_end', .02))
 
@@ -107,7 +108,7 @@ def add_noise(
     a, s = amplitudes(schedule.alphas_cumprod[t.cpu()], x0)
     return a*x0 + s*eps
 
-# %% ../nbs/10_schedule.ipynb #da35b812
+# %% ../nbs/10_schedule.ipynb #35cce86e
 PREDICTIONS = ('epsilon', 'sample', 'v_prediction')
 
 def to_x0(
@@ -120,7 +121,8 @@ def to_x0(
     Salimans & Ho 2022, appendix D."""
     if prediction not in PREDICTIONS: raise ValueError(f'prediction={prediction!r}; use one of {PREDICTIONS}')
     a, s = amplitudes(abar_t, xt)
-    return dict(epsilon=lambda: (xt - s*pred)/a, sample=lambda: pred, v_prediction=lambda: a*xt - s*pred)[prediction]()
+    if prediction == 'sample': return pred
+    return (xt - s*pred)/a if prediction == 'epsilon' else a*xt - s*pred
 
 # %% ../nbs/10_schedule.ipynb #62a37272
 def to_eps(

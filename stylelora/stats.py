@@ -25,7 +25,7 @@ def cells(
         raise ValueError(f'no results for arm {arm!r} and metric {metric!r}; there are {known[:8]}')
     return rows.pivot_table(index='concept', columns='train_seed', values='value', aggfunc='mean')
 
-# %% ../nbs/51_stats.ipynb #a20379e8
+# %% ../nbs/51_stats.ipynb #fbaa7190
 def differences(
     frame,  # tidy results
     metric, # name of the metric
@@ -33,7 +33,9 @@ def differences(
     baseline, # arm to compare with
 ) -> pd.DataFrame: # arm minus baseline, concepts × training seeds
     "Subtract a baseline from an arm, concept by concept and seed by seed."
-    a, b = cells(frame, metric, arm).align(cells(frame, metric, baseline), join='inner')
+    a, b = cells(frame, metric, arm), cells(frame, metric, baseline)
+    if list(b.columns) == [-1]: b = pd.DataFrame({seed: b[-1] for seed in a.columns})
+    a, b = a.align(b, join='inner')
     d = (a - b).dropna(how='all').dropna(how='all', axis=1)
     if len(d): return d
     raise ValueError(f'{arm!r} and {baseline!r} share no concept and training seed for {metric!r}')
