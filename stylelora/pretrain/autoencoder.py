@@ -10,32 +10,34 @@ __all__ = ['new_autoencoder', 'crops', 'autoencoder_loss', 'psnr']
 import torch
 import torch.nn.functional as F
 
-# %% ../../nbs/pretrain/03_autoencoder.ipynb #b39328b0
+# %% ../../nbs/pretrain/03_autoencoder.ipynb #1b0f3a42
 def new_autoencoder(
     channels: int = 64,  # width of every layer
-    latent_channels: int = 4,
+    latent_channels: int = 4,  # channels of the latent
     seed: int = 0,  # of the initial weights
 ):  # a diffusers AutoencoderTiny with a factor of four, blocks starting as the identity
     "Make the autoencoder with He initialisation and zero-ended residual blocks."
     from diffusers import AutoencoderTiny
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = AutoencoderTiny(encoder_block_out_channels=(channels,)*3, decoder_block_out_channels=(channels,)*3,
-                              num_encoder_blocks=(1, 1, 3), num_decoder_blocks=(3, 1, 1), latent_channels=latent_channels)
+        net = AutoencoderTiny(encoder_block_out_channels=(channels,)*3, num_encoder_blocks=(1, 1, 3),
+                              decoder_block_out_channels=(channels,)*3, num_decoder_blocks=(3, 1, 1),
+                              latent_channels=latent_channels)
         for m in net.modules():
             if isinstance(m, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
                 if m.bias is not None: torch.nn.init.zeros_(m.bias)
         for m in net.modules():
             if type(m).__name__ == "AutoencoderTinyBlock": torch.nn.init.zeros_(m.conv[-1].weight)
-        for end in (net.encoder.layers[-1], net.decoder.layers[-1]): torch.nn.init.xavier_normal_(end.weight, gain=.5)
+        for end in (net.encoder.layers[-1], net.decoder.layers[-1]):
+            torch.nn.init.xavier_normal_(end.weight, gain=.5)
     return net
 
-# %% ../../nbs/pretrain/03_autoencoder.ipynb #51306922
+# %% ../../nbs/pretrain/03_autoencoder.ipynb #b78f47f6
 def crops(
     x: torch.Tensor,  # drawings (n,3,h,w) uint8
     step: int,  # every fourth step is whole drawings
-    gen: torch.Generator,
+    gen: torch.Generator,  # of every draw
     n: int = 28,  # crops a step; whole drawings are fewer by a factor of 2.3
 ) -> torch.Tensor:  # (b,3,k,k) in [-1,1]
     "Draw a batch of augmented crops or whole drawings."
@@ -67,12 +69,12 @@ def autoencoder_loss(
     moments = z.mean((0, 2, 3)).pow(2).mean() + (z.std((0, 2, 3)) - 1).pow(2).mean()
     return d.abs().mean() + edges + 0.5*F.avg_pool2d(d, 4).abs().mean() + 0.05*moments
 
-# %% ../../nbs/pretrain/03_autoencoder.ipynb #be9b23e4
+# %% ../../nbs/pretrain/03_autoencoder.ipynb #5e285da9
 @torch.no_grad()
 def psnr(
     net,  # AutoencoderTiny
     x: torch.Tensor,  # (n,3,h,w) uint8
-    batch: int = 32,
+    batch: int = 32,  # drawings at a time; changes memory, not the result
 ) -> torch.Tensor:  # decibels (n,)
     "Measure the round trip of drawings."
     out = []
