@@ -1,7 +1,7 @@
-"""Run one pretraining notebook:  python tools/pretrain.py nbs/pretrain/04_unet.ipynb device=cuda size=128
+"""Run one pretraining notebook:  python tools/pretrain.py nbs/pretrain/06_unet.ipynb device=cuda size=128
 
 Parameters that this notebook does not declare are skipped (another step of the pretraining may declare them), and
-said. The executed copy goes to reports/runs/_pretrain/. Each notebook resumes from its own checkpoints.
+said. The real budgets stand in nbs/pretrain/budget.yaml; pairs given here win over them. The executed copy goes to reports/runs/_pretrain/. Each notebook resumes from its own checkpoints.
 """
 import sys
 from pathlib import Path
@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(notebook, *pairs):
     if bad := [p for p in pairs if "=" not in p]: sys.exit(f"{bad[0]!r} is not name=value, such as size=128")
-    given = {k: yaml.safe_load(v) for k, v in (p.split("=", 1) for p in pairs)}
+    budget = yaml.safe_load((Path(notebook).parent/"budget.yaml").read_text()).get(Path(notebook).stem, {})
+    given = budget | {k: yaml.safe_load(v) for k, v in (p.split("=", 1) for p in pairs)}
     known = papermill.inspect_notebook(notebook)
     used = {k: v for k, v in given.items() if k in known}
     print("parameters:", used or "the notebook's own", "| not declared here:", sorted(set(given) - set(used)) or "none")

@@ -21,19 +21,21 @@ from PIL import Image
 from ..core import write_atomic
 from ..grid import grid_images, load_grid
 
-# %% ../../nbs/pretrain/01_artwork.ipynb #8f423dd6
+# %% ../../nbs/pretrain/01_artwork.ipynb #3766f2d0
 VENDORS = dict(  # word: (npm set, role)
-    noto=("noto", "base"), blob=("noto-v1", "base"), twemoji=("twemoji", "base"), emojione=("emojione", "base"),
-    fxemoji=("fxemoji", "base"), openmoji=("openmoji", "held-out"), ink=("fluent-emoji-high-contrast", "held-out"),
+    noto=("noto", "base"), blob=("noto-v1", "base"), twemoji=("twemoji", "base"),
+    emojione=("emojione", "base"), fxemoji=("fxemoji", "base"),
+    openmoji=("openmoji", "held-out"), ink=("fluent-emoji-high-contrast", "held-out"),
     fluent3d=("fluent-emoji", "held-out"), streamline=("streamline-emojis", "held-out"),
     flat=("fluent-emoji-flat", "held-out"))
 GROUPS = {0: "smileys", 1: "people", 3: "animals", 4: "food", 5: "travel", 6: "activities", 7: "objects"}
 CLOCKS = re.compile(r"o[’']clock|thirty$")
 
-# %% ../../nbs/pretrain/01_artwork.ipynb #99a116ab
-_DROP = {"man", "woman", "person", "men", "women", "people", "boy", "girl", "skin", "tone", "facing", "right", "old"}
-_SAME = dict(mermaid="merperson", merman="merperson", prince="royalty", princess="royalty", mrs="claus", mx="claus",
-             santa="claus", grandmother="elder", grandfather="elder")
+# %% ../../nbs/pretrain/01_artwork.ipynb #c5c120bf
+_DROP = {"man", "woman", "person", "men", "women", "people", "boy", "girl", "skin", "tone", "facing",
+         "right", "old"}
+_SAME = dict(mermaid="merperson", merman="merperson", prince="royalty", princess="royalty", mrs="claus",
+             mx="claus", santa="claus", grandmother="elder", grandfather="elder")
 
 
 def drawing_key(
@@ -58,7 +60,7 @@ def codepoints(
     "Normalise a codepoint sequence: lower case, no variation selector."
     return "-".join(x for x in hexcode.lower().split("-") if x != "fe0f").lstrip("0")
 
-# %% ../../nbs/pretrain/01_artwork.ipynb #8d72296f
+# %% ../../nbs/pretrain/01_artwork.ipynb #c00304eb
 def read_concepts(
     packages: Path,  # node_modules
 ) -> list:  # dicts with concept, hexcode, group, subgroup, names, keywords; in Unicode order
@@ -71,17 +73,21 @@ def read_concepts(
         group, key = GROUPS.get(e.get("group")), drawing_key(e["label"])
         if group is None or CLOCKS.search(e["label"]) or (group == "people" and key in seen): continue
         seen.add(key)
-        names = {name_key(e["label"])}
+        names = {name_key(e["label"]), _unicode_name(e["hexcode"])}
         for c in codes:
             v = c.get(e["hexcode"], [])
             names |= {name_key(x) for x in ([v] if isinstance(v, str) else v)}
-        if len(cp := codepoints(e["hexcode"]).split("-")) == 1: names.add(name_key(unicodedata.name(chr(int(cp[0], 16)), "")))
         rows.append(dict(concept=e["label"].lower().replace("’", "'"), hexcode=e["hexcode"], group=group,
                          subgroup=meta["subgroups"][str(e["subgroup"])], names=sorted(names - {""}),
                          keywords=[t.lower() for t in e.get("tags", [])]))
     return rows
 
-# %% ../../nbs/pretrain/01_artwork.ipynb #968c4800
+
+def _unicode_name(hexcode):
+    code = codepoints(hexcode)
+    return "" if "-" in code else name_key(unicodedata.name(chr(int(code, 16)), ""))
+
+# %% ../../nbs/pretrain/01_artwork.ipynb #11cbc715
 def join_set(
     folder: Path,  # an unpacked @iconify-json package
     concepts: list,  # from read_concepts
@@ -96,7 +102,8 @@ def join_set(
     out = {}
     for c in concepts:
         n = by_code.get(codepoints(c["hexcode"]))
-        if not by_code: n = next((by_name[k] for k in [name_key(c["concept"]), *c["names"]] if k in by_name), None)
+        if not by_code:
+            n = next((by_name[k] for k in [name_key(c["concept"]), *c["names"]] if k in by_name), None)
         n = alias.get(n, n)
         if n in icons["icons"]: out[c["concept"]] = n
     return out
@@ -113,7 +120,7 @@ def to_svg(
             f'viewBox="{i.get("left", 0)} {i.get("top", 0)} {w} {h}" width="{w}" height="{h}">'
             + i["body"].replace("currentColor", "#000") + "</svg>")
 
-# %% ../../nbs/pretrain/01_artwork.ipynb #52686dfc
+# %% ../../nbs/pretrain/01_artwork.ipynb #2fbf8afe
 def frame(
     rgba: Image.Image,  # a drawing on transparency, any size
     size: int,  # side of the result in pixels
@@ -126,7 +133,8 @@ def frame(
     w, h = (max(1, round(s*fill*size/max(ink.size))) for s in ink.size)
     a = np.asarray(ink, dtype=np.float32)/255
     a = np.concatenate([a[..., :3]*a[..., 3:], a[..., 3:]], -1)
-    a = np.stack([np.asarray(Image.fromarray(c).resize((w, h), Image.LANCZOS)) for c in a.transpose(2, 0, 1)], -1)
+    channels = (Image.fromarray(c).resize((w, h), Image.LANCZOS) for c in a.transpose(2, 0, 1))
+    a = np.stack([np.asarray(c) for c in channels], -1)
     out = np.ones((size, size, 3), np.float32)
     y, x = (size - h)//2, (size - w)//2
     out[y:y+h, x:x+w] = (a[..., :3] + 1 - a[..., 3:]).clip(0, 1)
@@ -160,34 +168,40 @@ def stratified(
         out += [names[i] for i in rng.permutation(len(names))[:take[g]]]
     return [out[i] for i in rng.permutation(len(out))]
 
-# %% ../../nbs/pretrain/01_artwork.ipynb #0360e72a
+# %% ../../nbs/pretrain/01_artwork.ipynb #4f3462b7
 def make_splits(
     concepts: list,  # dicts with concept, group and vendors (those who drew it)
     seed: int,  # of every draw below
 ) -> dict:  # pool, test, val, novel: names; left_out: [concept, vendor] pairs; seed
     "Draw the splits of the study."
-    rng, base = np.random.default_rng(seed), [v for v, (_, r) in VENDORS.items() if r == "base"]
-    n_base = lambda c: sum(v in c["vendors"] for v in base)
-    able = [c for c in concepts if n_base(c) >= 3 and {"openmoji", "ink", "fluent3d", "flat"} <= set(c["vendors"])]
+    rng, large = np.random.default_rng(seed), {"openmoji", "ink", "fluent3d", "flat"}
+    able = [c for c in concepts if len(_base_of(c)) >= 3 and large <= set(c["vendors"])]
     comic, used, out = [c for c in able if "streamline" in c["vendors"]], set(), dict(seed=seed, test=[])
     rest = [c for c in able if c not in comic]
-    for name, source, n in (("pool", comic, 50), ("test", comic, 64), ("test", rest, 64), ("val", able, 64), ("novel", able, 32)):
+    for name, source, n in (("pool", comic, 50), ("test", comic, 64), ("test", rest, 64), ("val", able, 64),
+                            ("novel", able, 32)):
         got = stratified([c for c in source if c["concept"] not in used], n, rng)
         used.update(got); out[name] = out.get(name, []) + got
-    known = [c for c in concepts if c["concept"] not in out["novel"]]
-    cells = [(c["concept"], v) for c in known if n_base(c) >= 4 for v in c["vendors"] if v in base]
-    quota, left, seen = round(.05*sum(map(n_base, known))), [], set()
+    return out | dict(left_out=_leave_out([c for c in concepts if c["concept"] not in out["novel"]], rng))
+
+
+def _base_of(concept): return [v for v in concept["vendors"] if VENDORS[v][1] == "base"]
+
+
+def _leave_out(known, rng):
+    cells = [(c["concept"], v) for c in known if len(_base_of(c)) >= 4 for v in _base_of(c)]
+    quota, left, seen = round(.05*sum(len(_base_of(c)) for c in known)), [], set()
     for c, v in (cells[i] for i in rng.permutation(len(cells))):
         if c not in seen and len(left) < quota: seen.add(c); left.append([c, v])
-    return out | dict(left_out=left)
+    return left
 
-# %% ../../nbs/pretrain/01_artwork.ipynb #b9cff335
+# %% ../../nbs/pretrain/01_artwork.ipynb #2726258b
 def near_duplicates(
     drawings: dict,  # {(concept, vendor): (h,w,3) uint8}
     concepts: list,  # names in order
     vendors: tuple = ("noto", "twemoji"),  # a duplicate must look the same in all of these
 ) -> set:  # names of concepts that repeat an earlier one
-    "Find concepts whose drawings repeat an earlier concept's, by a 16×16 hash of 8 grey levels a channel."
+    "Find concepts whose drawings repeat an earlier concept's, by a coarse hash."
     seen, out = set(), set()
     small = lambda x: np.asarray(Image.fromarray(x).resize((16, 16), Image.BOX))//32
     for c in concepts:
@@ -196,14 +210,14 @@ def near_duplicates(
         seen.add(key)
     return out
 
-# %% ../../nbs/pretrain/01_artwork.ipynb #56cde00a
+# %% ../../nbs/pretrain/01_artwork.ipynb #563ed5e9
 def write_sheets(
     folder: Path,  # of the shipped grid, e.g. stylelora/assets/grid
     index: dict,  # as read by stylelora.grid; its concepts' tile numbers are filled in here
     drawings: dict,  # {(concept, vendor): (h,w,3) uint8}
     per_row: int = 16,  # tiles in a row
 ) -> None:
-    "Write the shipped part of the grid: one lossless WebP sheet per vendor and split, and index.json."
+    "Write the shipped grid: a lossless WebP sheet per vendor and split, and index.json."
     size = index["size"]
     for v, info in index["vendors"].items():
         for split, names in index["splits"].items():
@@ -219,7 +233,7 @@ def write_sheets(
             Image.fromarray(sheet).save(path, lossless=True, quality=100, method=6)
     write_atomic(folder/"index.json", json.dumps(index, indent=0, ensure_ascii=False))
 
-# %% ../../nbs/pretrain/01_artwork.ipynb #efc1ec90
+# %% ../../nbs/pretrain/01_artwork.ipynb #d1dbb658
 def grid_index(
     packages: Path,  # node_modules
     concepts: list,  # dicts with concept, group, hexcode, keywords, vendors
@@ -227,37 +241,48 @@ def grid_index(
     size: int,  # pixels
 ) -> dict:  # the index of the shipped grid, tile numbers still empty
     "Describe vendors, licences and shipped concepts."
-    shipped, vendors = {k: splits[k] for k in ("pool", "val", "test", "novel")}, {}
+    shipped = {k: splits[k] for k in ("pool", "val", "test", "novel")}
     where, drew = {c: s for s, names in shipped.items() for c in names}, [set(c["vendors"]) for c in concepts]
-    for v, (name, role) in VENDORS.items():
-        info = json.loads((packages/"@iconify-json"/name/"info.json").read_text())
-        pkg = json.loads((packages/"@iconify-json"/name/"package.json").read_text())
-        held, lic = [w for w, (_, r) in VENDORS.items() if r != "base"], info["license"]["spdx"]
-        vendors[v] = dict(package=f"@iconify-json/{name}", version=pkg["version"], title=info["name"], role=role,
-                          author=info["author"]["name"], url=info["author"]["url"], licence=lic,
-                          word=v if role == "base" else f"<s{1 + held.index(v)}>",
-                          sheets="../grid-cc-by-sa" if "SA" in lic else ".",
-                          drawings=sum(v in d for d in drew), paired=sum({v, "noto"} <= d for d in drew))
+    count = lambda *vs: sum(set(vs) <= d for d in drew)
+    vendors = {v: _describe(packages, v) | dict(drawings=count(v), paired=count(v, "noto")) for v in VENDORS}
     cells = {c["concept"]: dict(split=where[c["concept"]], group=c["group"], hexcode=c["hexcode"],
-                                keywords=c["keywords"], vendors={}) for c in concepts if c["concept"] in where}
+                                keywords=c["keywords"], vendors={})
+             for c in concepts if c["concept"] in where}
     return dict(size=size, seed=splits["seed"], splits=shipped, vendors=vendors, concepts=cells)
 
-# %% ../../nbs/pretrain/01_artwork.ipynb #e92dba49
+
+def _describe(packages, vendor):
+    (name, role), folder = VENDORS[vendor], Path(packages)/"@iconify-json"
+    info, pkg = (json.loads((folder/name/f).read_text()) for f in ("info.json", "package.json"))
+    held, lic = [w for w, (_, r) in VENDORS.items() if r != "base"], info["license"]["spdx"]
+    return dict(package=f"@iconify-json/{name}", version=pkg["version"], title=info["name"], role=role,
+                author=info["author"]["name"], url=info["author"]["url"], licence=lic,
+                word=vendor if role == "base" else f"<s{1 + held.index(vendor)}>",
+                sheets="../grid-cc-by-sa" if "SA" in lic else ".")
+
+# %% ../../nbs/pretrain/01_artwork.ipynb #ae73d871
 def read_cells(
     folder: str | Path,  # with grid.json and grid-<size>.npz
     size: int,  # pixels
 ) -> dict:  # x (n,h,w,3) uint8; concept, vendor (n,); info {concept: dict}; full: bool
     "Read the full grid, or the shipped part where the full one was not built."
     folder = Path(folder)
-    if (folder/"grid.json").exists():
-        g = json.loads((folder/"grid.json").read_text())
-        where = {c: s for s in ("pool", "val", "test", "novel") for c in g["splits"][s]}
-        info = {c["concept"]: dict(c, split=where.get(c["concept"], "base")) for c in g["concepts"]}
-        names = [g["concepts"][i]["concept"] for i, _ in g["rows"]]
-        x, left = np.load(folder/f"grid-{size}.npz")["x"], {tuple(c) for c in g["splits"]["left_out"]}
-        return dict(x=x, concept=np.array(names), vendor=np.array([v for _, v in g["rows"]]), info=info, left=left, full=True)
+    return _full_cells(folder, size) if (folder/"grid.json").exists() else _shipped_cells()
+
+
+def _full_cells(folder, size):
+    g = json.loads((folder/"grid.json").read_text())
+    where = {c: s for s in ("pool", "val", "test", "novel") for c in g["splits"][s]}
+    info = {c["concept"]: dict(c, split=where.get(c["concept"], "base")) for c in g["concepts"]}
+    names, vendors = [g["concepts"][i]["concept"] for i, _ in g["rows"]], [v for _, v in g["rows"]]
+    x, left = np.load(folder/f"grid-{size}.npz")["x"], {tuple(c) for c in g["splits"]["left_out"]}
+    return dict(x=x, concept=np.array(names), vendor=np.array(vendors), info=info, left=left, full=True)
+
+
+def _shipped_cells():
     grid = load_grid()
-    cells = [(c, v) for s in grid.index["splits"] for c in grid.concepts(s) for v in grid.vendors if grid.has(c, v)]
+    cells = [(c, v) for s in grid.index["splits"] for c in grid.concepts(s) for v in grid.vendors
+             if grid.has(c, v)]
     x = np.stack([grid_images(grid, [c], v)[0] for c, v in cells])
     return dict(x=x, concept=np.array([c for c, _ in cells]), vendor=np.array([v for _, v in cells]),
                 info=grid.index["concepts"], left=set(), full=False)

@@ -5,16 +5,33 @@
 # %% auto #0
 __all__ = ['N_STYLES', 'train_tokenizer', 'random_caption', 'contrastive_loss', 'new_clip']
 
-# %% ../../nbs/pretrain/04_clip.ipynb #6b7976bf
+# %% ../../nbs/pretrain/04_clip.ipynb #459ad436
 "A byte-pair tokenizer trained on the captions, and a small CLIP over concepts."
 import random
 
 import torch
 import torch.nn.functional as F
 
-from ..grid import make_caption, tidy
+from ..grid import make_caption
 
-# %% ../../nbs/pretrain/04_clip.ipynb #b143eee6
+# %% ../../nbs/pretrain/04_clip.ipynb #3ca09770
+def _learn_pieces(texts, vocab_size, letters):
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    t = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    t.normalizer = normalizers.Lowercase()
+    t.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z]+|[0-9]|[^\sa-z0-9]+"), "removed", invert=True)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, end_of_word_suffix="</w>", special_tokens=[],
+                                  initial_alphabet=letters, show_progress=False)
+    t.train_from_iterator(texts, trainer)
+    return t
+
+# %% ../../nbs/pretrain/04_clip.ipynb #f3c11cfc
+def _merges(t):
+    import json
+    merges = json.loads(t.to_str())["model"]["merges"]
+    return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
+
+# %% ../../nbs/pretrain/04_clip.ipynb #3d226e88
 N_STYLES = 8  # reserved tokens
 
 
@@ -24,30 +41,22 @@ def train_tokenizer(
     max_length: int = 24,  # tokens of a caption, with start and end
 ):  # a transformers CLIPTokenizer
     "Learn a CLIP byte-pair tokenizer from captions and reserve the style tokens."
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
     letters = [chr(i) for i in range(33, 127)]
-    t = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    t.normalizer = normalizers.Lowercase()
-    t.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z]+|[0-9]|[^\sa-z0-9]+"), "removed", invert=True)
-    t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, end_of_word_suffix="</w>", special_tokens=[],
-                                                     initial_alphabet=letters, show_progress=False))
+    t = _learn_pieces(texts, vocab_size, letters)
     vocab, merges = sorted(t.get_vocab(), key=t.get_vocab().get), _merges(t)
-    vocab += [c + "</w>" for c in letters if c + "</w>" not in set(vocab)] + ["<|startoftext|>", "<|endoftext|>"]
-    tok = CLIPTokenizer(vocab={w: i for i, w in enumerate(vocab)}, merges=merges, model_max_length=max_length)
+    vocab += [c + "</w>" for c in letters if c + "</w>" not in set(vocab)]
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    ids = {w: i for i, w in enumerate(vocab)}
+    tok = CLIPTokenizer(vocab=ids, merges=merges, model_max_length=max_length)
     tok.add_tokens([f"<s{i}>" for i in range(1, N_STYLES + 1)])
     return tok
 
-
-def _merges(t):
-    import json
-    return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in json.loads(t.to_str())["model"]["merges"]]
-
-# %% ../../nbs/pretrain/04_clip.ipynb #73304ad5
+# %% ../../nbs/pretrain/04_clip.ipynb #b1abd448
 def random_caption(
     info: dict,  # a concept's entry: concept, keywords
     word: str | None,  # style word or None
-    rng: random.Random,
+    rng: random.Random,  # draws the number of keywords and the keywords
     most: int = 3,  # largest number of keywords
 ) -> str:
     "Write a caption with a random choice of keywords."
@@ -70,21 +79,23 @@ def contrastive_loss(
     within = scale.detach()*b@b.T - 1e4*torch.eye(len(b), device=b.device)
     return pairs - 0.5*(others*within.log_softmax(1)).sum(1).div(others.sum(1).clamp(min=1)).mean()
 
-# %% ../../nbs/pretrain/04_clip.ipynb #c3fd7dc1
+# %% ../../nbs/pretrain/04_clip.ipynb #e8e21c3e
 def new_clip(
     tokenizer,  # CLIPTokenizer
     size: int = 64,  # pixels
-    width: int = 192,
-    text_layers: int = 3,
-    image_layers: int = 4,
-    seed: int = 0,
+    width: int = 192,  # channels of both transformers; heads have a third of it
+    text_layers: int = 3,  # transformer layers of the text half
+    image_layers: int = 4,  # transformer layers of the image half
+    seed: int = 0,  # of the first weights
 ):  # a transformers CLIPModel
     "Make a small CLIP."
     from transformers import CLIPConfig, CLIPModel
-    both = dict(hidden_size=width, intermediate_size=4*width, num_attention_heads=3, projection_dim=128, hidden_act="quick_gelu")
-    text = dict(both, vocab_size=len(tokenizer), num_hidden_layers=text_layers, bos_token_id=tokenizer.bos_token_id,
-                max_position_embeddings=tokenizer.model_max_length, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id)
+    both = dict(hidden_size=width, intermediate_size=4*width, num_attention_heads=3, projection_dim=128,
+                hidden_act="quick_gelu")
+    end = tokenizer.eos_token_id
+    text = dict(both, vocab_size=len(tokenizer), num_hidden_layers=text_layers, pad_token_id=end,
+                eos_token_id=end, bos_token_id=tokenizer.bos_token_id,
+                max_position_embeddings=tokenizer.model_max_length)
     image = dict(both, num_hidden_layers=image_layers, image_size=size, patch_size=size//8)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -10,10 +10,10 @@ __all__ = ['wobble', 'proxy_loss']
 import torch
 import torch.nn.functional as F
 
-# %% ../../nbs/pretrain/05_evaluator.ipynb #716d420a
+# %% ../../nbs/pretrain/05_evaluator.ipynb #f07d0b20
 def wobble(
     x: torch.Tensor,  # drawings on white (b,3,h,w) in [0,1]
-    gen: torch.Generator,
+    gen: torch.Generator,  # draws all of it
 ) -> torch.Tensor:  # same shape and range
     "Scale, stretch, shift and turn drawings a little; sometimes add noise or blur."
     n, u = len(x), lambda lo, hi, *s: lo + (hi - lo)*torch.rand(*s, generator=gen)
@@ -26,13 +26,14 @@ def wobble(
     if soft < .3: x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
     return x
 
-# %% ../../nbs/pretrain/05_evaluator.ipynb #872d1517
+# %% ../../nbs/pretrain/05_evaluator.ipynb #4dd3d22a
 def proxy_loss(
     embedding: torch.Tensor,  # unit vectors (b,d)
     proxies: torch.Tensor,  # one vector per class (k,d)
     label: torch.Tensor,  # class numbers (b,)
     scale: float,  # inverse temperature
-    smoothing: float = 0.0,
+    smoothing: float = 0.0,  # share of the target that is spread over all classes
 ) -> torch.Tensor:  # scalar
     "Classify by cosine to class proxies."
-    return F.cross_entropy(scale*embedding.float()@F.normalize(proxies, dim=1).T, label, label_smoothing=smoothing)
+    logits = scale*embedding.float()@F.normalize(proxies, dim=1).T
+    return F.cross_entropy(logits, label, label_smoothing=smoothing)

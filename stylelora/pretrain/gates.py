@@ -11,7 +11,7 @@ import numpy as np
 
 from ..paired import content_scores, unit
 
-# %% ../../nbs/pretrain/07_gates.ipynb #71b14181
+# %% ../../nbs/pretrain/07_gates.ipynb #ff820478
 GATES = dict(  # name: (least share of the ceiling on cpu, on gpu); psnr in dB, copy rate at most
     autoencoder_psnr_db=(28., 28.), style_at_1=(.90, .90), content_at_1_seen=(.60, .85),
     content_at_1_left_out=(.40, .60), copy_rate_left_out=(.05, .05))
@@ -26,7 +26,8 @@ def judge(
     "Hold a measured value against its gate."
     gate = GATES[name][device == "gpu"]
     score = value/ceiling if ceiling else value
-    return dict(name=name, value=value, ceiling=ceiling, gate=gate, holds=bool(score < gate if "copy" in name else score >= gate))
+    holds = bool(score < gate if "copy" in name else score >= gate)
+    return dict(name=name, value=value, ceiling=ceiling, gate=gate, holds=holds)
 
 # %% ../../nbs/pretrain/07_gates.ipynb #7aa99731
 def nearest_vendor(
@@ -59,15 +60,18 @@ def content_at_1(
         out[k] = content_scores(x[k], rows[k], grid, int(v)).content_at_1
     return out
 
-# %% ../../nbs/pretrain/07_gates.ipynb #e0e7a37d
+# %% ../../nbs/pretrain/07_gates.ipynb #9718ad29
 def copy_rate(
     x: np.ndarray,  # pictures (b,h,w,3) uint8
     train: np.ndarray,  # training drawings of the same vendors (n,h,w,3)
     truth: np.ndarray,  # true drawings of the same cells (m,h,w,3)
-    x_vendor, train_vendor, truth_vendor,  # vendor of each
+    x_vendor: np.ndarray,  # vendor of each picture (b,)
+    train_vendor: np.ndarray,  # vendor of each training drawing (n,)
+    truth_vendor: np.ndarray,  # vendor of each true drawing (m,)
 ) -> tuple:  # (share of pictures below the threshold, threshold in grey levels)
     "Count pictures that are nearer to a training drawing than true drawings ever are."
-    small = lambda a: a.reshape(len(a), 16, a.shape[1]//16, 16, a.shape[2]//16, 3).mean((2, 4)).reshape(len(a), -1)
+    def small(a):
+        return a.reshape(len(a), 16, a.shape[1]//16, 16, a.shape[2]//16, 3).mean((2, 4)).reshape(len(a), -1)
     def nearest(a, va):
         s, t = small(a), small(train)
         return np.array([np.sqrt(((t[train_vendor == v] - r)**2).mean(1).min()) for r, v in zip(s, va)])

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from ..schedule import Schedule, add_noise
 from .clip import random_caption
 
-# %% ../../nbs/pretrain/06_unet.ipynb #d1fdb544
+# %% ../../nbs/pretrain/06_unet.ipynb #0e7b2e44
 def new_unet(
     channels: tuple = (64, 128, 224),  # widths of the levels, multiples of 32
     context: int = 192,  # width of the text encoder
-    side: int = 16,  # of the latent
+    side: int = 16,  # height and width of the latent
     layers: int = 1,  # residual blocks a level
-    seed: int = 0,
+    seed: int = 0,  # of the first weights
 ):  # a diffusers UNet2DConditionModel
     "Make the U-Net: no attention on the first level, heads of 32 channels below."
     from diffusers import UNet2DConditionModel
@@ -31,15 +31,16 @@ def new_unet(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return UNet2DConditionModel(
-            sample_size=side, in_channels=4, out_channels=4, block_out_channels=tuple(channels), layers_per_block=layers,
+            sample_size=side, in_channels=4, out_channels=4, block_out_channels=tuple(channels),
+            layers_per_block=layers,
             down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",)*n,
             up_block_types=("CrossAttnUpBlock2D",)*n + ("UpBlock2D",), cross_attention_dim=context,
             attention_head_dim=tuple(max(1, c//32) for c in channels), norm_num_groups=16)
 
-# %% ../../nbs/pretrain/06_unet.ipynb #77b82293
+# %% ../../nbs/pretrain/06_unet.ipynb #67abbf7a
 def nudge(
     x: torch.Tensor,  # drawings on white (b,3,h,w) in [0,1]
-    gen: torch.Generator,
+    gen: torch.Generator,  # draws scale and shift of each drawing
 ) -> torch.Tensor:  # same shape
     "Scale by .9 to 1.05 and shift by up to two pixels of 64, keeping white around."
     n, th = len(x), torch.zeros(len(x), 2, 3)
@@ -48,14 +49,14 @@ def nudge(
     grid = F.affine_grid(th.to(x), x.shape, align_corners=False)
     return (1 - F.grid_sample(1 - x, grid, mode="bicubic", align_corners=False)).clamp(0, 1)
 
-
+# %% ../../nbs/pretrain/06_unet.ipynb #908818c1
 @torch.no_grad()
 def encode_copies(
     vae,  # an autoencoder with .encode(x).latents
     x: torch.Tensor,  # drawings (n,3,h,w) uint8
     copies: int = 4,  # the first is the drawing itself
-    seed: int = 0,
-    batch: int = 64,
+    seed: int = 0,  # of the nudges
+    batch: int = 64,  # drawings at a time
 ) -> torch.Tensor:  # latents (copies,n,4,h/4,w/4) float16, unscaled
     "Encode every drawing and some nudged copies of it."
     gen, out = torch.Generator().manual_seed(seed), []
@@ -65,12 +66,12 @@ def encode_copies(
         out.append(torch.cat([vae.encode(p*2 - 1).latents.half() for p in parts]))
     return torch.stack(out)
 
-# %% ../../nbs/pretrain/06_unet.ipynb #057a6fb1
+# %% ../../nbs/pretrain/06_unet.ipynb #b989e235
 def training_captions(
     names: list,  # concept of each drawing
     vendors: list,  # vendor word of each drawing
     info: dict,  # {concept: dict with keywords}
-    rng: random.Random,
+    rng: random.Random,  # draws the dropouts and the keywords
     drop: float = 0.1,  # share of empty captions, and of captions without style
 ) -> list:  # captions
     "Write one caption per drawing, with dropout."
@@ -80,14 +81,14 @@ def training_captions(
         out.append("" if empty else random_caption(dict(info[c], concept=c), None if plain else v, rng))
     return out
 
-# %% ../../nbs/pretrain/06_unet.ipynb #8636b87c
+# %% ../../nbs/pretrain/06_unet.ipynb #284588e9
 def denoising_loss(
     unet,  # UNet2DConditionModel
     text,  # CLIPTextModel
     z: torch.Tensor,  # latents (b,4,h,w), unit deviation
     ids: torch.Tensor,  # token ids (b,L)
-    schedule: Schedule,
-    gen: torch.Generator,
+    schedule: Schedule,  # noise levels of all timesteps
+    gen: torch.Generator,  # draws noise and timesteps, on the cpu
     amp: bool = True,  # bf16 autocast
 ) -> torch.Tensor:  # squared error of each example (b,)
     "Predict the noise of a noisy latent (Ho et al. 2020, eq. 14)."
@@ -99,23 +100,36 @@ def denoising_loss(
         out = unet(xt, t, encoder_hidden_states=text(ids).last_hidden_state).sample
     return (out.float() - eps).pow(2).mean((1, 2, 3))
 
-# %% ../../nbs/pretrain/06_unet.ipynb #4caeffd3
-def save_pipeline(
-    folder: str | Path,  # created or overwritten
-    unet, vae, text, tokenizer,
-    words: list,  # vendor words whose mean starts the reserved tokens
-) -> Path:
-    "Write a Stable Diffusion pipeline folder in half precision."
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+# %% ../../nbs/pretrain/06_unet.ipynb #abfd00df
+def _start_style_tokens(text, tokenizer, words):
     ids = [tokenizer(w).input_ids[1] for w in words]
     emb = text.get_input_embeddings().weight.data
     for i in range(1, 9): emb[tokenizer.convert_tokens_to_ids(f"<s{i}>")] = emb[ids].mean(0)
-    schedule = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
-                             set_alpha_to_one=False, steps_offset=1)
-    pipe = StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=schedule,
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def _forget_origin(folder):
+    for part in Path(folder).glob("*/config.json"):   # the folder a part was loaded from is nobody's business
+        config = {k: v for k, v in json.loads(part.read_text()).items() if k != "_name_or_path"}
+        part.write_text(json.dumps(config, indent=2))
+
+# %% ../../nbs/pretrain/06_unet.ipynb #d034df89
+def save_pipeline(
+    folder: str | Path,  # created or overwritten
+    unet,  # UNet2DConditionModel
+    vae,  # autoencoder, with its scaling factor in the config
+    text,  # CLIPTextModel
+    tokenizer,  # CLIPTokenizer
+    words: list,  # vendor words whose mean starts the reserved tokens
+) -> Path:  # the folder
+    "Write a Stable Diffusion pipeline folder in half precision."
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    _start_style_tokens(text, tokenizer, words)
+    schedule = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
+                             clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=schedule,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     for m in (unet, text, vae): m.half()
     pipe.save_pretrained(folder, safe_serialization=True)
-    for part in Path(folder).glob("*/config.json"):   # the folder a part was loaded from is nobody's business
-        part.write_text(json.dumps({k: v for k, v in json.loads(part.read_text()).items() if k != "_name_or_path"}, indent=2))
+    _forget_origin(folder)
     return Path(folder)
