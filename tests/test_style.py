@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_CELLS, MAX_EXPORT_LINES, MAX_OTHER_LINES, MAX_HIDDEN_LINES, MAX_WIDTH = 60, 25, 15, 10, 110
+MAX_PARAMETERS = 32                    # a parameters cell is a table: one literal and its meaning a line
 MAX_EXPORTED_LINES, MAX_BYTES, MAX_HIDDEN_SHARE, MAX_DEF, MAX_MEDIAN_BODY = 250, 150 * 1024, .10, 40, 8
 DIRECTIVES = {'export', 'exporti', 'hide', 'slow', 'cuda', 'eval', 'default_exp', 'label', 'fig-cap', 'fig-alt', 'tbl-cap',
               'echo', 'output', 'warning', 'code-fold', 'code-summary', 'include'}
@@ -68,7 +69,7 @@ def rule_cells(path, raw, cells):
     "Number, length and width of cells; hidden cells; no two exports in a row."
     if len(cells) > MAX_CELLS: yield f'{len(cells)} cells, at most {MAX_CELLS}'
     for c in cells:
-        limit = MAX_EXPORT_LINES if c.export else MAX_OTHER_LINES
+        limit = MAX_EXPORT_LINES if c.export else MAX_PARAMETERS if 'parameters' in c.tags else MAX_OTHER_LINES
         if c.is_code and len(c.code) > limit: yield f'{c}: {len(c.code)} lines, at most {limit}'
         if c.hide and len(c.code) > MAX_HIDDEN_LINES: yield f'{c}: hidden and {len(c.code)} lines, at most {MAX_HIDDEN_LINES}'
         for line in c.lines:

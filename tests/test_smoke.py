@@ -1,0 +1,71 @@
+"""The whole study at toy scale through papermill: plan, train, evaluate, gather, read; and once more, with a kill."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from stylelora.core import hash_files, read_json, root
+from stylelora.results import SCHEMA
+from stylelora.runs import is_complete
+from stylelora.study import read_profile, plan_runs, run_study
+
+FIGURES = "scatter.svg density.svg curves.svg samples.png progression.png".split()
+
+
+def trained(out):  # the folder of the one training run
+    plan = [r for r in plan_runs(read_profile("smoke")) if Path(r.notebook).stem == "train"]
+    return Path(out)/"runs"/"_sweep"/plan[0].id
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    out = tmp_path_factory.mktemp("smoke")
+    outcomes = run_study("smoke", out=out)
+    assert set(outcomes.status) == {"done"}, outcomes.to_string()
+    return out
+
+
+def test_results_are_tidy(study):
+    table = pd.read_parquet(study/"results"/"E1.parquet")
+    assert set(SCHEMA) <= set(table.columns)
+    assert {"no_lora", "L1", "truth", "vae_round_trip"} <= set(table.arm)
+    assert table[table.arm == "L1"].metric.isin(["style_at_1", "content_at_1", "gt_skill"]).any()
+    assert not table.duplicated(["run_id", "arm", "concept", "sample_seed", "metric"]).any()
+
+
+def test_the_truth_is_a_ceiling_and_copying_has_no_skill(study):
+    table = pd.read_parquet(study/"results"/"E1.parquet")
+    skill = table[table.metric == "gt_skill"].groupby("arm", observed=True).value.mean()
+    assert skill["truth"] > .99 and abs(skill["nearest_vendor"]) < 1e-6
+
+
+def test_every_figure_and_page_is_there(study):
+    assert not [f for f in FIGURES if not (study/"figures"/f"e1-{f}").stat().st_size]
+    assert {p.stem for p in (study/"runs"/"E1").glob("*.ipynb")} >= {"train-L1", "evaluate-L1"}
+
+
+def test_a_second_study_does_nothing(study):
+    before = hash_files(trained(study))
+    again = run_study("smoke", out=study)
+    assert set(again.status) == {"skipped"} and hash_files(trained(study)) == before
+
+
+def test_a_killed_study_ends_with_the_same_adapter(study, tmp_path):
+    code = f"from stylelora.study import run_study; run_study('smoke', out={str(tmp_path)!r})"
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=root(), start_new_session=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    half = trained(tmp_path).parent
+    for _ in range(600):                      # until the training has left a checkpoint, or is over
+        if run.poll() is not None or list(half.glob(f".{trained(tmp_path).name}*/checkpoint*")): break
+        time.sleep(.2)
+    os.killpg(run.pid, signal.SIGKILL) if run.poll() is None else None
+    run.wait()
+    assert not is_complete(trained(tmp_path)) or list(half.glob("*")), "something was begun"
+    run_study("smoke", out=tmp_path)
+    card = [read_json(trained(o)/"card.json")["adapter_hash"] for o in (study, tmp_path)]
+    assert card[0] == card[1]
