@@ -144,7 +144,7 @@ def check_image(
         rows.append(('warning', 'odd characters in the name', 'rename it with letters, digits, - and _'))
     return rows, sha256_bytes(str(image.size).encode() + image.tobytes())
 
-# %% ../nbs/21_data.ipynb #c06228b9
+# %% ../nbs/21_data.ipynb #4b2adeb8
 UNREAD = ('.heic', '.heif', '.avif', '.jfif', '.psd', '.svg', '.tga', '.pdf') # pictures, but not for us
 
 def check_files(
@@ -155,7 +155,8 @@ def check_files(
     images, files = list_images(folder), list_files(folder)
     stems = {}
     for f in images: stems.setdefault(f.with_suffix(''), []).append(f)
-    lost = {f for f in files if f.suffix.lower() == '.txt' and f.with_suffix('') not in stems}
+    lost = {f for f in files if f.suffix.lower() == '.txt' and f.with_suffix('') not in stems
+            and not re.match('licen[cs]e|readme|attribution', f.name.lower())}
     rows = [(f, 'warning', 'caption without a picture', 'delete it, or name both alike')
             for f in sorted(lost | set(captions) - set(images))]
     rows += [(f, 'warning', 'kind of picture that is not read', 'save it as .png')

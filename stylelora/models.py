@@ -165,7 +165,7 @@ def load_file(
     return make_base(name, pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, schedule_from_config(plan),
                      plan.get('prediction_type', 'epsilon'), device, dtype, Path(path), hash_files(path))
 
-# %% ../nbs/20_models.ipynb #65c83863
+# %% ../nbs/20_models.ipynb #31f32ad7
 def load_base(
     base='embedded', # 'embedded', 'tiny', a diffusers folder, a .safetensors file or a hub id
     device='auto',   # 'auto', 'cpu', 'cuda', 'mps'
@@ -184,6 +184,6 @@ def load_base(
     if path.is_dir(): return load_folder(path, name, *where)
     if path.is_file(): return load_file(path, name, *where, config, offline)
     if name.count('/') != 1 or name[0] in './~' or path.suffix == '.safetensors': raise FileNotFoundError(
-        f"base {name!r} does not exist; use 'embedded', 'tiny', a diffusers folder, a .safetensors file, "
-        "or a hub id of the form 'owner/model'")
+        f"base {name!r} does not exist (looked for {path}); use 'embedded', 'tiny', a diffusers folder, a "
+        ".safetensors file, or a hub id of the form 'owner/model'")
     return load_folder(load_hub(name, revision, variant, offline), name, *where)
