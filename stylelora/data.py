@@ -20,15 +20,14 @@ from safetensors.torch import load_file, save
 from .base import Base, count_tokens, encode_image, encode_text
 from .core import generator, sha256_bytes, write_atomic
 
-# %% ../nbs/21_data.ipynb #78cb8204
+# %% ../nbs/21_data.ipynb #39c1dc9d
 EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff') # what is taken for a picture
 
 def list_files(
     folder, # folder, searched with its sub-folders
 ) -> list:  # paths of all files that are not hidden, sorted by name
     "List the files of a folder, without hidden ones."
-    folder = Path(folder).expanduser()
-    if not folder.is_dir(): raise FileNotFoundError(f'{folder} is not a folder of pictures')
+    if not (folder := Path(folder).expanduser()).is_dir(): raise FileNotFoundError(f'{folder} is not a folder of pictures')
     found = (f for f in folder.rglob('*') if f.is_file())
     return sorted(f for f in found if not any(p[0] in '._' for p in f.relative_to(folder).parts))
 
@@ -144,7 +143,7 @@ def check_image(
         rows.append(('warning', 'odd characters in the name', 'rename it with letters, digits, - and _'))
     return rows, sha256_bytes(str(image.size).encode() + image.tobytes())
 
-# %% ../nbs/21_data.ipynb #4b2adeb8
+# %% ../nbs/21_data.ipynb #c4caf389
 UNREAD = ('.heic', '.heif', '.avif', '.jfif', '.psd', '.svg', '.tga', '.pdf') # pictures, but not for us
 
 def check_files(
@@ -155,8 +154,8 @@ def check_files(
     images, files = list_images(folder), list_files(folder)
     stems = {}
     for f in images: stems.setdefault(f.with_suffix(''), []).append(f)
-    lost = {f for f in files if f.suffix.lower() == '.txt' and f.with_suffix('') not in stems
-            and not re.match('licen[cs]e|readme|attribution', f.name.lower())}
+    texts = [f for f in files if re.fullmatch(r'(?!licen[cs]e|readme|attribution).*\.txt', f.name.lower())]
+    lost = {f for f in texts if f.with_suffix('') not in stems}
     rows = [(f, 'warning', 'caption without a picture', 'delete it, or name both alike')
             for f in sorted(lost | set(captions) - set(images))]
     rows += [(f, 'warning', 'kind of picture that is not read', 'save it as .png')

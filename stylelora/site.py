@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'WIDGET', 'COMMANDS', 'RAW', 'quoted', 'split_directives', 'clean_outputs', 'alt_text', 'source_of',
-           'code_page', 'front_of', 'notebook_page', 'write_out', 'read_config', 'stage', 'page_text', 'find_renderer',
-           'render', 'PageReader', 'local_target', 'check_page', 'check_site', 'build_site']
+           'code_page', 'front_of', 'notebook_page', 'write_out', 'read_config', 'mend_links', 'stage', 'page_text',
+           'find_renderer', 'render', 'PageReader', 'local_target', 'check_page', 'check_site', 'build_site']
 
-# %% ../nbs/66_site.ipynb #4870c8ff
-import importlib.util, json, re, shutil, subprocess, sys, tempfile, time
+# %% ../nbs/66_site.ipynb #be7ae94c
+import importlib.util, json, os, re, shutil, subprocess, sys, tempfile, time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -95,12 +95,10 @@ def front_of(
     lines = [f'{k}: {json.dumps(t, ensure_ascii=False)}' for k, t in zip(('title', 'subtitle'), plain) if t]
     return '---\n' + '\n'.join(lines) + '\n---\n', (text + '\n')[m.end():].strip()
 
-# %% ../nbs/66_site.ipynb #deba221f
+# %% ../nbs/66_site.ipynb #b1853ef2
 def notebook_page(
-    path,    # .ipynb
-    results, # folder of the results
-    bib,     # bibliography
-) -> str:    # the page as notebook JSON
+    path, results, bib, # .ipynb; folder of the results; bibliography
+) -> str: # the page as notebook JSON
     "Prepare a notebook for a renderer; its stored outputs stay, nothing is executed."
     nb, cells, prose = json.loads(Path(path).read_text(encoding='utf-8')), [], ''
     for cell in nb['cells']:
@@ -140,27 +138,39 @@ def read_config(
     drop = ('bibliography', 'execute') if renderer == 'smalldocs' else ('bibliography',)
     return {k: v for k, v in config.items() if k not in drop}
 
-# %% ../nbs/66_site.ipynb #958f81ee
+# %% ../nbs/66_site.ipynb #b4731a8b
+def mend_links(
+    text, page, # a page, or a notebook as JSON; its name, relative to the repository
+    pages,      # names of all pages
+) -> str:       # the same with links to notebooks that exist
+    "Point links to notebooks at where the site has them."
+    def plain(p): return re.sub(r'^\d+[a-z]?_|-.*$', '', Path(p).stem)
+    def one(m):
+        target = os.path.normpath(Path(page).parent/m[1])
+        near = [p for p in pages if p.endswith('.ipynb') and plain(p) == plain(target)]
+        if target in pages or not near: return m[0]
+        best = min(near, key=lambda p: Path(p).parent != Path(target).parent)
+        return f']({os.path.relpath(best, Path(page).parent)}'
+    return re.sub(r'\]\(([^()#:\s]+\.ipynb)', one, text)
+
+# %% ../nbs/66_site.ipynb #d550cd40
 def stage(
-    source, # the repository
-    target, # empty folder
+    source, target, # the repository, and an empty folder
     renderer='quarto', # 'quarto' or 'smalldocs'
-) -> list:  # the pages, relative to the folder
+) -> list: # the pages, relative to the folder
     "Write a copy of the site's sources in which everything is resolved."
     config = read_config(source, renderer)
     results, bib = source/'reports'/'results', source/'reports'/'references.bib'
     bib = read_bib(bib) if bib.exists() else {}
     pages = config['project']['render']
-    for name in pages: write_atomic(target/name, page_text(source/name, results, bib))
+    for p in pages: write_atomic(target/p, mend_links(page_text(source/p, results, bib), p, pages))
     for name in config['project'].get('resources', []): write_atomic(target/name, (source/name).read_bytes())
     write_atomic(target/'_quarto.yml', yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return pages
 
 def page_text(
-    path,    # .qmd, .md or .ipynb
-    results, # folder of the results
-    bib,     # bibliography
-) -> str:    # the page, resolved
+    path, results, bib, # .qmd, .md or .ipynb; folder of the results; bibliography
+) -> str: # the page, resolved
     "Resolve a page, and name it when that fails."
     try:
         if path.suffix == '.ipynb': return notebook_page(path, results, bib)
