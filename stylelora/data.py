@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save
 from .base import Base, count_tokens, encode_image, encode_text
 from .core import generator, sha256_bytes, write_atomic
 
-# %% ../nbs/21_data.ipynb #39c1dc9d
+# %% ../nbs/21_data.ipynb #78cb8204
 EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff') # what is taken for a picture
 
 def list_files(
     folder, # folder, searched with its sub-folders
 ) -> list:  # paths of all files that are not hidden, sorted by name
     "List the files of a folder, without hidden ones."
-    if not (folder := Path(folder).expanduser()).is_dir(): raise FileNotFoundError(f'{folder} is not a folder of pictures')
+    folder = Path(folder).expanduser()
+    if not folder.is_dir(): raise FileNotFoundError(f'{folder} is not a folder of pictures')
     found = (f for f in folder.rglob('*') if f.is_file())
     return sorted(f for f in found if not any(p[0] in '._' for p in f.relative_to(folder).parts))
 
@@ -143,7 +144,7 @@ def check_image(
         rows.append(('warning', 'odd characters in the name', 'rename it with letters, digits, - and _'))
     return rows, sha256_bytes(str(image.size).encode() + image.tobytes())
 
-# %% ../nbs/21_data.ipynb #c4caf389
+# %% ../nbs/21_data.ipynb #ab53a38a
 UNREAD = ('.heic', '.heif', '.avif', '.jfif', '.psd', '.svg', '.tga', '.pdf') # pictures, but not for us
 
 def check_files(
@@ -151,8 +152,7 @@ def check_files(
     captions, # path -> caption as found by `read_captions`
 ) -> list:  # rows (path, level, problem, fix)
     "Check what can be seen from the names alone."
-    images, files = list_images(folder), list_files(folder)
-    stems = {}
+    images, files, stems = list_images(folder), list_files(folder), {}
     for f in images: stems.setdefault(f.with_suffix(''), []).append(f)
     texts = [f for f in files if re.fullmatch(r'(?!licen[cs]e|readme|attribution).*\.txt', f.name.lower())]
     lost = {f for f in texts if f.with_suffix('') not in stems}

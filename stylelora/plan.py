@@ -17,8 +17,8 @@ from .params import Loader, Run, complete_parameters, declared, expand, unknown
 from .results import completed
 from .runs import is_complete
 
-# %% ../nbs/62_plan.ipynb #3dc6c80d
-FIELDS = dict(experiment='', shared='', arms=(), train={}, evaluate={}, read=(), out='reports',
+# %% ../nbs/62_plan.ipynb #ffde87bd
+FIELDS = dict(experiment='', shared='', arms=(), train={}, evaluate={}, read=(), out='reports', trust=False,
               evaluator='nbs/experiments/evaluate.ipynb') # keys of a profile and their defaults
 
 def read_yaml(

@@ -84,18 +84,18 @@ def code_page(
         keep.append(f'#| fig-alt: {json.dumps(alt_text(prose), ensure_ascii=False)}')
     return {**cell, 'source': '\n'.join([*keep, code]), 'outputs': outputs}
 
-# %% ../nbs/66_site.ipynb #330d0cd2
+# %% ../nbs/66_site.ipynb #a6bdeb34
 def front_of(
-    text,  # the first Markdown cell of a notebook
+    text, mark='', # the first Markdown cell of a notebook; what tells it from others of that title
 ) -> tuple: # front matter as YAML, and the rest of the cell
     "Turn the head of a notebook into front matter."
     m = re.match(r'\s*# ([^\n]+)\n+(?:> ([^\n]+)\n*)?', text + '\n')
     if not m: raise ValueError(f'a notebook starts with "# Title", not with {text[:40]!r}')
-    plain = [re.sub(r'[`*]', '', t or '') for t in m.groups()]
+    plain = [re.sub(r'[`*]', '', t or '') for t in (m[1] + f' ({mark})'*bool(mark), m[2])]
     lines = [f'{k}: {json.dumps(t, ensure_ascii=False)}' for k, t in zip(('title', 'subtitle'), plain) if t]
     return '---\n' + '\n'.join(lines) + '\n---\n', (text + '\n')[m.end():].strip()
 
-# %% ../nbs/66_site.ipynb #b1853ef2
+# %% ../nbs/66_site.ipynb #6af75d05
 def notebook_page(
     path, results, bib, # .ipynb; folder of the results; bibliography
 ) -> str: # the page as notebook JSON
@@ -106,7 +106,8 @@ def notebook_page(
         else:
             prose = source_of(cell)
             if not cells:
-                front, prose = front_of(prose)
+                arm = Path(path).stem.partition('-')[2]
+                front, prose = front_of(prose, 'template' if Path(path).parent.name == 'experiments' else arm)
                 cells.append(dict(cell_type='raw', id='front', metadata={}, source=front))
             page = {**cell, 'source': resolve(prose, results, bib)}
         if page and page['source']: cells.append(page)

@@ -89,10 +89,11 @@ def gather(
     store_history([i for i in here if (Path(runs)/i/'history.parquet').exists()], runs, results, keep)
     store_pictures(here, runs, results)
 
-# %% ../nbs/63_study.ipynb #dfc734d8
+# %% ../nbs/63_study.ipynb #dc467ddd
 def show_notebook(
     source, # executed notebook
     target, # where the page goes
+    arm='', # added to the heading, so that pages of several arms can be told apart
 ):
     "Copy an executed notebook to where the site finds it."
     nb = read_json(source)
@@ -100,6 +101,8 @@ def show_notebook(
     for cell in nb['cells']:
         cell['metadata'] = {k: v for k, v in cell['metadata'].items() if k == 'tags'}
         text = ''.join(cell['source'])
+        if arm and cell is nb['cells'][0]:
+            text = re.sub(r'^# (.*)$', rf'# \1 ({arm})', text, count=1, flags=re.M)
         cell['source'] = text.replace('](../', '](../../../nbs/') if cell['cell_type'] == 'markdown' else text
         for o in cell.get('outputs', []):
             if 'text' in o: o['text'] = re.sub(r'^progress \d+/\d+.*\n?', '', ''.join(o['text']), flags=re.M)
@@ -123,7 +126,7 @@ def reading_runs(
     full = {n: complete_parameters(root()/n, given, Path(n).name) for n in profile['read']}
     return [Run(n, profile['experiment'], Path(n).stem, p, marks) for n, p in full.items()]
 
-# %% ../nbs/63_study.ipynb #af18062f
+# %% ../nbs/63_study.ipynb #330bae3e
 def publish(
     profile, # from `read_profile`
     plan,    # list of Run, with the reading ones
@@ -138,9 +141,9 @@ def publish(
             for f in sorted((folder/kind).glob('*')): write_atomic(out/target/f.name, f.read_bytes())
         name = '-'.join(dict.fromkeys([Path(r.notebook).stem, r.arm]))
         if shown.setdefault(name, r.id) == r.id:                    # of several seeds, the first
-            show_notebook(folder/'notebook.ipynb', out/'runs'/profile['experiment']/f'{name}.ipynb')
+            show_notebook(folder/'notebook.ipynb', out/'runs'/profile['experiment']/f'{name}.ipynb', r.arm)
 
-# %% ../nbs/63_study.ipynb #47017013
+# %% ../nbs/63_study.ipynb #a501021f
 def run_study(
     profile='study', # name of a profile
     params=None,     # where profiles are; reports/params if None
@@ -155,7 +158,7 @@ def run_study(
     out, plan = Path(out) if out else root()/p['out'], plan_runs(p)
     runs, results = out/'runs'/'_sweep', out/'results'
     reading_runs(p, results)                                        # checks their parameters
-    done = set() if force else known_runs(plan, results, runs)
+    done = known_runs(plan, results, runs) if p['trust'] and not force else set()
     todo = [r for r in plan if r.id not in done and (force or not is_complete(runs/r.id))]
     say(announce(p, plan, todo, results))
     if dry: return pd.DataFrame([dict(id=r.id, arm=r.arm, label=r.label, status='planned') for r in todo])
