@@ -6,12 +6,13 @@
 __all__ = ['PALETTE', 'VENDOR_PALETTE', 'colour', 'setup_style', 'axes', 'to_rgb', 'canvas', 'image_grid', 'curve', 'band',
            'reference', 'scatter_ci', 'forest', 'fewer_colours', 'save_figure']
 
-# %% ../nbs/01_plots.ipynb #34cf0594
+# %% ../nbs/01_plots.ipynb #9e2c918e
 import io
 from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 from .core import seed_of, write_atomic
 
 # %% ../nbs/01_plots.ipynb #9f1c8f3e
