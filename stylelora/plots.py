@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'VENDOR_PALETTE', 'colour', 'setup_style', 'axes', 'to_rgb', 'canvas', 'image_grid', 'curve', 'band',
-           'reference', 'scatter_ci', 'forest', 'fewer_colours', 'save_figure']
+           'reference', 'scatter_ci', 'forest', 'save_figure']
 
-# %% ../nbs/01_plots.ipynb #9e2c918e
+# %% ../nbs/01_plots.ipynb #34cf0594
 import io
 from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
 from .core import seed_of, write_atomic
 
 # %% ../nbs/01_plots.ipynb #9f1c8f3e
@@ -192,18 +191,7 @@ def forest(
     ax.set_ylim(len(names) - .5, -.5)
     return ax
 
-# %% ../nbs/01_plots.ipynb #f064a8ae
-def fewer_colours(
-    raw, # a PNG file as bytes
-    n=256, # how many colours it may have
-) -> bytes: # a PNG file with a palette
-    "Reduce a PNG to a palette by median cut, without dithering."
-    picture = Image.open(io.BytesIO(raw)).convert('RGB')
-    picture = picture.quantize(n, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    picture.save(out := io.BytesIO(), 'PNG', optimize=True)
-    return out.getvalue()
-
-# %% ../nbs/01_plots.ipynb #3dfe3aaf
+# %% ../nbs/01_plots.ipynb #f7235780
 def save_figure(
     fig,  # matplotlib figure
     path, # file; the suffix is set by kind
@@ -218,7 +206,5 @@ def save_figure(
         return out.getvalue()
     if kind == 'lines': return write_atomic(path.with_suffix(suffix), draw(metadata={'Date': None}))
     for dpi in (200, 160, 130, 100, 80, 60, 45):
-        raw = draw(dpi=dpi)
-        if len(raw) > limit: raw = fewer_colours(raw)
-        if len(raw) <= limit: return write_atomic(path.with_suffix(suffix), raw)
+        if len(raw := draw(dpi=dpi)) <= limit: return write_atomic(path.with_suffix(suffix), raw)
     raise ValueError(f'{path}: {len(raw)} bytes at {dpi} dpi is over {limit}; draw fewer or smaller pictures')
