@@ -10,4 +10,5 @@ free=$(df -Pk . | awk 'NR==2 {print int($4/1048576)}')
 [ "$free" -ge 8 ] || echo "only $free GB free here: torch and its libraries want about 8"
 "$venv/bin/python" -c "" 2>/dev/null || "$python" -m venv --clear "$venv"
 echo "$("$venv/bin/python" --version) in $venv; installing quietly, which takes a few minutes"
-"$venv/bin/python" -m pip install -qq -e ".[dev]"
+# modules are compiled when they are first imported: that halves the wait, and most are never imported
+"$venv/bin/python" -m pip install -qq --no-compile -e ".[dev]"
