@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'VENDOR_PALETTE', 'colour', 'setup_style', 'axes', 'to_rgb', 'canvas', 'image_grid', 'curve', 'band',
-           'reference', 'scatter_ci', 'forest', 'save_figure']
+           'reference', 'scatter_ci', 'forest', 'fewer_colours', 'save_figure']
 
-# %% ../nbs/01_plots.ipynb #34cf0594
+# %% ../nbs/01_plots.ipynb #9e2c918e
 import io
 from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 from .core import seed_of, write_atomic
 
 # %% ../nbs/01_plots.ipynb #9f1c8f3e
@@ -191,7 +192,17 @@ def forest(
     ax.set_ylim(len(names) - .5, -.5)
     return ax
 
-# %% ../nbs/01_plots.ipynb #f7235780
+# %% ../nbs/01_plots.ipynb #57213e94
+def fewer_colours(
+    png,   # bytes of a PNG
+    limit, # bytes that are allowed
+) -> bytes: # the same picture
+    "Keep a PNG that is small enough, else give it a palette of 256 colours."
+    if len(png) <= limit: return png
+    Image.open(io.BytesIO(png)).convert('RGB').quantize(256).save(out := io.BytesIO(), 'PNG', optimize=True)
+    return out.getvalue()
+
+# %% ../nbs/01_plots.ipynb #3e6cf09f
 def save_figure(
     fig,  # matplotlib figure
     path, # file; the suffix is set by kind
@@ -206,5 +217,6 @@ def save_figure(
         return out.getvalue()
     if kind == 'lines': return write_atomic(path.with_suffix(suffix), draw(metadata={'Date': None}))
     for dpi in (200, 160, 130, 100, 80, 60, 45):
-        if len(raw := draw(dpi=dpi)) <= limit: return write_atomic(path.with_suffix(suffix), raw)
+        raw = fewer_colours(draw(dpi=dpi), limit)
+        if len(raw) <= limit: return write_atomic(path.with_suffix(suffix), raw)
     raise ValueError(f'{path}: {len(raw)} bytes at {dpi} dpi is over {limit}; draw fewer or smaller pictures')

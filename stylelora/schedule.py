@@ -43,7 +43,7 @@ def interpolate(
     i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
     return torch.lerp(ys[i-1], ys[i], ((x - xs[i-1])/(xs[i] - xs[i-1])).clamp(0, 1))
 
-# %% ../nbs/10_schedule.ipynb #63237012
+# %% ../nbs/10_schedule.ipynb #973f565a
 class Schedule:
     "Hold a noise schedule as float64 tables over the training steps."
     def __init__(self,
@@ -54,7 +54,7 @@ class Schedule:
         beta_end=0.012,       # last beta of a named schedule
     ):
         if betas is None: betas = make_betas(name, n_train, beta_start, beta_end)
-        betas = torch.as_tensor(betas).double()
+        betas = torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError(f'betas of {name!r} must be two or more numbers in (0,1), not 0, 1 or nan')
         self.name, self.betas, self.n_train = name, betas, len(betas)

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_CELLS, MAX_EXPORT_LINES, MAX_OTHER_LINES, MAX_HIDDEN_LINES, MAX_WIDTH = 60, 25, 15, 10, 110
-MAX_PARAMETERS = 32                    # a parameters cell is a table: one literal and its meaning a line
+MAX_PARAMETERS = 30                    # a parameters cell is a table: one literal and its meaning a line
 MAX_EXPORTED_LINES, MAX_BYTES, MAX_HIDDEN_SHARE, MAX_DEF, MAX_MEDIAN_BODY = 250, 150 * 1024, .10, 40, 8
 DIRECTIVES = {'export', 'exporti', 'hide', 'slow', 'cuda', 'eval', 'default_exp', 'label', 'fig-cap', 'fig-alt', 'tbl-cap',
               'echo', 'output', 'warning', 'code-fold', 'code-summary', 'include'}

@@ -52,7 +52,7 @@ def crops(
     if u[2] < .5: pick = pick.flip(3)
     return pick.contiguous(memory_format=torch.channels_last)
 
-# %% ../../nbs/pretrain/03_autoencoder.ipynb #25ec0ec5
+# %% ../../nbs/pretrain/03_autoencoder.ipynb #3da9aff6
 def autoencoder_loss(
     net,  # AutoencoderTiny
     x: torch.Tensor,  # (b,3,h,w) in [-1,1]
@@ -67,7 +67,8 @@ def autoencoder_loss(
     d = y - x
     edges = (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
     moments = z.mean((0, 2, 3)).pow(2).mean() + (z.std((0, 2, 3)) - 1).pow(2).mean()
-    return d.abs().mean() + edges + 0.5*F.avg_pool2d(d, 4).abs().mean() + 0.05*moments
+    flat = 0.5*F.avg_pool2d(d, 4).abs().mean()
+    return d.abs().mean() + edges + flat + 2*d.pow(2).mean() + 0.05*moments
 
 # %% ../../nbs/pretrain/03_autoencoder.ipynb #5e285da9
 @torch.no_grad()

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..core import generator, write_atomic
 
-# %% ../../nbs/pretrain/02_loop.ipynb #4852d504
+# %% ../../nbs/pretrain/02_loop.ipynb #fed7f70e
 @dataclass
 class Budget:
     "How long and how fast to train."
@@ -27,24 +27,26 @@ class Budget:
     batch: int = 32  # images a step
     lr: float = 7e-4  # peak learning rate
     warmup: int = 300  # steps of linear warm-up
+    hold: float = 0.0  # share of the steps at the peak before the cosine starts
     floor: float = 0.02  # last learning rate as a share of the peak
     weight_decay: float = 0.01  # of AdamW, decoupled from the gradient
     betas: tuple = (0.9, 0.99)  # decay of Adam's two moments
     ema: float = 0.999  # decay of the weight average, reached gradually
     clip: float = 1.0  # largest gradient norm
+    rates: tuple = ()  # factor of each network's learning rate; one for those not named
     seed: int = 0  # of every batch
     save_every: float = 300.0  # seconds between checkpoints
 
     @property
     def steps(self) -> int: return -(-self.images//self.batch)
 
-# %% ../../nbs/pretrain/02_loop.ipynb #ea9806fd
+# %% ../../nbs/pretrain/02_loop.ipynb #0d20cfcc
 def learning_rate(
     step: int,  # 0 … steps-1
     budget: Budget,  # gives peak, warm-up, floor and the number of steps
 ) -> float:  # the learning rate of that step
-    "Warm up linearly, then anneal along half a cosine to `floor` of the peak."
-    u = min(1.0, step/budget.steps)
+    "Warm up linearly, hold the peak, then anneal along half a cosine to `floor` of the peak."
+    u = min(1.0, max(0.0, (step/budget.steps - budget.hold)/(1 - budget.hold)))
     cosine = budget.floor + (1 - budget.floor)*(1 + math.cos(math.pi*u))/2
     return budget.lr*min(1.0, (step + 1)/budget.warmup)*cosine
 
@@ -107,21 +109,23 @@ def load_state(
                                     exp_avg_sq=t[f"v{i}"].to(p))
     return step
 
-# %% ../../nbs/pretrain/02_loop.ipynb #2f5ba4a5
+# %% ../../nbs/pretrain/02_loop.ipynb #b0413ca4
 class Run:
     "The state of a training run, resumed from its folder where there is a checkpoint."
     def __init__(self, modules, budget, folder):
         self.budget, self.folder = budget, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.params = [p for m in modules for p in m.parameters() if p.requires_grad]
+        groups = [[p for p in m.parameters() if p.requires_grad] for m in modules]
+        rates = [*budget.rates, *[1.0]*len(groups)][:len(groups)]
+        self.params = sum(groups, [])
         self.ema, self.path = [p.detach().clone() for p in self.params], self.folder/"checkpoint.safetensors"
-        self.opt = torch.optim.AdamW(self.params, lr=budget.lr, betas=budget.betas,
-                                     weight_decay=budget.weight_decay, fused=True)
+        self.opt = torch.optim.AdamW([dict(params=p, rate=r) for p, r in zip(groups, rates)], lr=budget.lr,
+                                     betas=budget.betas, weight_decay=budget.weight_decay, fused=True)
         self.step = load_state(self.path, self.params, self.ema, self.opt) if self.path.exists() else 0
 
     def advance(self, batch_fn, loss_fn):
         "Take one step; return the loss and the gradient norm before clipping."
-        for g in self.opt.param_groups: g["lr"] = learning_rate(self.step, self.budget)
+        for g in self.opt.param_groups: g["lr"] = g["rate"]*learning_rate(self.step, self.budget)
         loss = loss_fn(batch_fn(self.step, generator(self.budget.seed, "batch", self.step)))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.budget.clip)

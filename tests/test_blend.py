@@ -1,0 +1,114 @@
+"""Several adapters at once, held against PEFT's mixtures and against `set_adapters` of diffusers.
+
+The notebooks test mixtures against full matrices. Here the same adapters go into the installed peers. A peer that is
+not installed skips its tests.
+"""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from stylelora.base import tiny_base
+from stylelora.blend import average_factors, blend, compress, delta_of
+from stylelora.core import generator
+from stylelora.lora import find_targets
+
+WEIGHTS = [(.3, .8), (1., -.5), (-2., 0.), (.5, .5)]
+
+
+@pytest.fixture(scope='session')
+def peft(): return pytest.importorskip('peft')
+
+
+def close(a, b, eps):
+    assert a.shape == b.shape
+    assert (a.double() - b.double()).abs().max().item() <= eps, (a.double() - b.double()).abs().max().item()
+
+
+class Net(nn.Module):
+    "A linear layer and two kinds of convolutions, as in a U-Net."
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.conv1 = nn.Linear(12, 10), nn.Conv2d(4, 6, 3, padding=1)
+        self.proj_in = nn.Conv2d(6, 9, 1)
+
+    def forward(self, x): return x
+
+
+def random_state(model, names, rank, alpha, seed):
+    "Make an adapter with random numbers for the named layers of a model."
+    g, state = generator(seed), {}
+    for n in names:
+        d, *k = model.get_submodule(n).weight.shape
+        state[n] = dict(A=torch.randn(rank, *k, generator=g), alpha=float(alpha),
+                        B=torch.randn(d, rank, *[1]*(len(k) - 1), generator=g)*.3)
+    return state
+
+
+def put(peft, model, name, state, add=None):
+    "Give a state to PEFT under a name; `add` is the function that creates the empty adapter."
+    first = next(iter(state.values()))
+    config = peft.LoraConfig(r=len(first['A']), lora_alpha=first['alpha'], target_modules=list(state))
+    if add is None: peft.inject_adapter_in_model(config, model, adapter_name=name)
+    else: add(name, config)
+    with torch.no_grad():
+        for n, m in model.named_modules():
+            key = next((k for k in state if n == k or n.endswith('.' + k)), None)
+            if key and hasattr(m, 'lora_A') and name in m.lora_A:
+                m.lora_A[name].weight.copy_(state[key]['A'])
+                m.lora_B[name].weight.copy_(state[key]['B'])
+
+
+def peft_mix(peft, net, states, weights, kind, **kw):
+    "Mix two adapters with PEFT; layer name -> update of the weight."
+    first = states[0]
+    config = peft.LoraConfig(r=len(first['to_q']['A']), lora_alpha=first['to_q']['alpha'], target_modules=list(first))
+    model = peft.get_peft_model(copy.deepcopy(net), config, adapter_name='0')
+    for i, state in enumerate(states): put(peft, model, str(i), state, model.add_adapter if i else lambda *_: None)
+    model.add_weighted_adapter([str(i) for i in range(len(states))], list(weights), 'mix', combination_type=kind, **kw)
+    layers = {n.removeprefix('base_model.model.'): m for n, m in model.named_modules() if hasattr(m, 'base_layer')}
+    return {n: m.get_delta_weight('mix') for n, m in layers.items()}
+
+
+@pytest.mark.parametrize('weights', WEIGHTS)
+def test_blend_is_pefts_cat(peft, weights):
+    "Concatenation is exact in PEFT too, at different ranks and scales."
+    net = Net()
+    states = [random_state(net, ['to_q', 'conv1', 'proj_in'], r, a, r) for r, a in ((2, 3), (4, 1))]
+    theirs, ours = peft_mix(peft, net, states, weights, 'cat'), blend(states, weights)
+    assert set(theirs) == set(ours)
+    for n in ours: close(delta_of(ours[n]), theirs[n], 1e-5)
+
+
+@pytest.mark.parametrize('weights', WEIGHTS)
+def test_compress_is_pefts_svd(peft, weights):
+    "PEFT decomposes full matrices; the update at the lower rank is the same."
+    net = Net()
+    states = [random_state(net, ['to_q', 'conv1', 'proj_in'], r, a, r) for r, a in ((2, 3), (4, 1))]
+    theirs = peft_mix(peft, net, states, weights, 'svd', svd_rank=3)
+    ours = compress(blend(states, weights), 3).state
+    for n in ours: close(delta_of(ours[n]), theirs[n].reshape(delta_of(ours[n]).shape), 2e-5)
+
+
+@pytest.mark.parametrize('weights', WEIGHTS)
+def test_average_is_pefts_linear(peft, weights):
+    "The naive average is PEFT's, and its distance from the exact sum is the error that we report."
+    net = Net()
+    states = [random_state(net, ['to_q', 'conv1', 'proj_in'], 3, a, a) for a in (3, 5)]
+    theirs, fit = peft_mix(peft, net, states, weights, 'linear'), average_factors(states, weights)
+    exact = blend(states, weights)
+    for row in fit.table.itertuples():
+        close(delta_of(fit.state[row.module]), theirs[row.module], 1e-5)
+        off = (theirs[row.module].double() - delta_of(exact[row.module])).norm().item()
+        assert abs(off - row.error) < 1e-4
+    assert fit.error > .1 or 0. in weights
+
+
+def test_layers_that_one_adapter_lacks(peft):
+    "PEFT too takes a missing layer for zero."
+    net = Net()
+    states = [random_state(net, ['to_q', 'conv1'], 2, 3, 'a'), random_state(net, ['to_q', 'proj_in'], 2, 3, 'b')]
+    theirs, ours = peft_mix(peft, net, states, (.4, .9), 'cat'), blend(states, (.4, .9))
+    assert set(theirs) == set(ours) == {'to_q', 'conv1', 'proj_in'}
+    for n in ours: close(delta_of(ours[n]), theirs[n], 1e-5)
