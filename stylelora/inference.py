@@ -23,7 +23,7 @@ def unit_means(
     if unit not in ('seed', 'concept'): raise ValueError(f"unit={unit!r}; use 'seed' or 'concept'")
     return pd.DataFrame(d).mean(axis=0 if unit == 'seed' else 1).dropna()
 
-# %% ../nbs/57_inference.ipynb #0ee457cd
+# %% ../nbs/57_inference.ipynb #8d603486
 def paired_tests(
     d, # differences, concepts × training seeds (n,k)
     unit='seed', # 'seed' or 'concept'
@@ -33,9 +33,10 @@ def paired_tests(
     out = dict(unit=unit, n_units=len(u), p_flip=sign_flip(u), p_min=smallest_p(len(u)))
     if len(u) < 2 or np.ptp(u) == 0: return out | dict.fromkeys(('t', 'p_t', 'w', 'p_wilcoxon'), float('nan'))
     t, w = stats.ttest_1samp(u, 0), stats.wilcoxon(u)
-    return out | dict(t=float(t.statistic), p_t=float(t.pvalue), w=float(w.statistic), p_wilcoxon=float(w.pvalue))
+    out |= dict(t=float(t.statistic), p_t=float(t.pvalue))
+    return out | dict(w=float(w.statistic), p_wilcoxon=float(w.pvalue))
 
-# %% ../nbs/57_inference.ipynb #76888218
+# %% ../nbs/57_inference.ipynb #cedd5115
 def _above_zero(
     x, # one number per unit (n,)
 ) -> float: # one-sided p-value, NaN for fewer than two units
@@ -53,7 +54,7 @@ def tost_share(
     Hauschke et al. 1999, ratio of means."""
     if not share > 0: raise ValueError(f'share={share}: the margin of equivalence must be above 0')
     d, gain = np.asarray(d, float), np.asarray(gain, float)
-    if d.shape != gain.shape: raise ValueError(f'{d.shape} differences but {gain.shape} gains: same units needed')
+    if d.shape != gain.shape: raise ValueError(f'd {d.shape}, gain {gain.shape}: same units needed')
     return max(_above_zero(share*gain - d), _above_zero(share*gain + d))
 
 # %% ../nbs/57_inference.ipynb #28d35852
@@ -107,7 +108,7 @@ def contrast_table(
     words = [verdict_of(*x, alpha) for x in t[['estimate', 'p_holm', 'p_tost_holm']].to_numpy()]
     return t.assign(verdict=words).rename_axis('arm')
 
-# %% ../nbs/57_inference.ipynb #9a3ca404
+# %% ../nbs/57_inference.ipynb #4edf3ba0
 def aligned(
     frame,   # tidy results
     metrics, # names of metrics
@@ -120,7 +121,7 @@ def aligned(
     trained = [set(t.columns) for t in tables.values() if list(t.columns) != [-1]]
     seeds = sorted(set.intersection(*trained)) if trained else [-1]
     concepts = sorted(set.intersection(*(set(t.index) for t in tables.values()))) if tables else []
-    if not concepts or not seeds: raise ValueError(f'{len(tables)} settings of {list(metrics)} share no cells')
+    if not concepts or not seeds: raise ValueError(f'{len(tables)} tables of {list(metrics)} share no cells')
     every = lambda t: pd.DataFrame({s: t[-1] for s in seeds}) if list(t.columns) == [-1] else t
     return {k: every(t).loc[concepts, seeds] for k, t in tables.items()}
 
@@ -147,7 +148,7 @@ def mean_tau(
     scale = np.sqrt(untied[:, :, None]*untied[:, None])
     return np.divide(together, scale, out=np.full_like(together, np.nan), where=scale > 0)
 
-# %% ../nbs/57_inference.ipynb #ba05d94c
+# %% ../nbs/57_inference.ipynb #db7b8c1f
 def kendall(
     frame,  # tidy results
     metric, # name of the metric
@@ -159,7 +160,7 @@ def kendall(
     tables = aligned(frame[frame.train_seed >= 0], [metric], factors)
     rows, columns = (list(dict.fromkeys(k[i] for k in tables)) for i in (0, 1))
     if lost := [(a, b) for a in rows for b in columns if (a, b, metric) not in tables]:
-        raise ValueError(f'{metric}: no results for {lost[0]}; the order needs every {factors[0]} at every {factors[1]}')
+        raise ValueError(f'{metric}: nothing for {lost[0]}; want every {factors[0]} at every {factors[1]}')
     draws = draw_means([tables[a, b, metric] for a in rows for b in columns], **how)
     means = draws.reshape(-1, len(rows), len(columns))
     taus = mean_tau(means)
@@ -203,7 +204,7 @@ def _fit(
         V = np.asarray(fit.cov_params())[:k, :k]
     return fit.fe_params*scale, V*scale**2, fit.vcomp*scale**2, fit.scale*scale**2, bool(fit.converged)
 
-# %% ../nbs/57_inference.ipynb #fe483c4c
+# %% ../nbs/57_inference.ipynb #77c14971
 def mixed_model(
     frame,  # tidy results
     metric, # name of the metric
@@ -215,32 +216,32 @@ def mixed_model(
     n, m = (len({k[i] for k in tables}) for i in (0, 1))
     c, s = next(iter(tables.values())).shape
     if len(tables) != n*m or min(n, m, c, s) < 2:
-        raise ValueError(f'{metric}: {len(tables)} cells, {c} concepts, {s} seeds; the model needs every {factors[0]} '
-                         f'at every {factors[1]}, and two of each')
+        raise ValueError(f'{metric}: {len(tables)} cells, {c} concepts, {s} seeds; the model needs '
+                         f'every {factors[0]} at every {factors[1]}, and two of each')
     size = -(-c//blocks)
     pick = np.random.default_rng(0).permutation(c)[:c//size*size].reshape(-1, size)
     y = np.stack([tables[k].to_numpy()[pick].mean(1) for k in sorted(tables)]).reshape(n, m, -1, s)
     means, V, vcomp, noise, converged = _fit(y)
     parts, scale = _parts(n, m), np.array([size, 1, 1, 1])
     fixed = [max(0., means @ P @ means - np.trace(P @ V))/(n*m) for P in parts]
-    names = [*factors, 'interaction', 'concept', 'training seed', 'adapter', f'adapter × {factors[1]}', 'rest']
-    return _mixed(names, fixed, [*vcomp*scale, noise*size], means @ parts[2] @ means/(np.trace(parts[2] @ V)),
-                  ((n - 1)*(m - 1), n*(s - 1)*(m - 1)), (n, m, c//size*size, s), converged)
+    chance = 'concept', 'training seed', 'adapter', f'adapter × {factors[1]}', 'rest'
+    F, dof = means @ parts[2] @ means/np.trace(parts[2] @ V), ((n - 1)*(m - 1), n*(s - 1)*(m - 1))
+    return _mixed([*factors, 'interaction', *chance], [*fixed, *vcomp*scale, noise*size], F, dof,
+                  (n, m, c//size*size, s), converged)
 
-# %% ../nbs/57_inference.ipynb #f80986a8
+# %% ../nbs/57_inference.ipynb #c86dbf63
 def _mixed(
     names,  # of the sources
-    fixed,  # variances of rows, columns, interaction
-    random, # variances of the random effects and of noise
+    variances, # of rows, columns, interaction, the random effects and noise
     F,      # statistic of the interaction
     dof,    # its degrees of freedom
     n,      # arms, samplers, concepts, seeds
     converged, # did the fit converge?
 ) -> Mixed:
     "Arrange the results of a mixed model."
-    t = pd.DataFrame(dict(variance=[*fixed, *random]), index=names)
-    share = fixed[2]/sum(fixed) if sum(fixed) > 0 else float('nan')
-    return Mixed(t.assign(share=t.variance/t.variance.sum()), share, float(stats.f.sf(F, *dof)), dof, n, converged)
+    t, fixed = pd.DataFrame(dict(variance=variances), index=names), sum(variances[:3])
+    share, p = variances[2]/fixed if fixed > 0 else float('nan'), float(stats.f.sf(F, *dof))
+    return Mixed(t.assign(share=t.variance/t.variance.sum()), share, p, dof, n, converged)
 
 # %% ../nbs/57_inference.ipynb #bf4dd4d6
 def dominates(

@@ -155,18 +155,18 @@ def publish(
         if shown.setdefault(name, r.id) == r.id:                    # of several seeds, the first
             show_notebook(folder/'notebook.ipynb', out/'runs'/profile['experiment']/f'{name}.ipynb', r.arm)
 
-# %% ../nbs/63_study.ipynb #a501021f
+# %% ../nbs/63_study.ipynb #b1ea8c55
 def run_study(
     profile='study', # name of a profile
     params=None,     # where profiles are; reports/params if None
     out=None,        # another folder for results, figures and runs
     say=print,       # where words go
-    dry=False,       # only say what would be done
-    force=False,     # execute also what is complete
+    dry=False, force=False, # only say what would be done; execute also what is complete
     batch=run_batch, # executes a list of runs
 ) -> pd.DataFrame:   # outcomes, see `run_batch`
     "Carry out a profile: train, evaluate, gather, read, publish."
-    p = read_profile(profile, params)
+    p, how = read_profile(profile, params), (params, out, say, dry, force, batch)
+    if p['parts']: return pd.concat([run_study(part, *how) for part in p['parts']], ignore_index=True)
     out, plan = Path(out) if out else root()/p['out'], plan_runs(p)
     runs, results = out/'runs'/'_sweep', out/'results'
     reading_runs(p, results)                                        # checks their parameters

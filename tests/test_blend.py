@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from stylelora.adapters import Adapters
 from stylelora.base import tiny_base
 from stylelora.blend import average_factors, blend, compress, delta_of
 from stylelora.core import generator
+from stylelora.files import save_lora
 from stylelora.lora import find_targets
 
 WEIGHTS = [(.3, .8), (1., -.5), (-2., 0.), (.5, .5)]
@@ -36,13 +38,13 @@ class Net(nn.Module):
     def forward(self, x): return x
 
 
-def random_state(model, names, rank, alpha, seed):
+def random_state(model, names, rank, alpha, seed, size=.3):
     "Make an adapter with random numbers for the named layers of a model."
     g, state = generator(seed), {}
     for n in names:
         d, *k = model.get_submodule(n).weight.shape
         state[n] = dict(A=torch.randn(rank, *k, generator=g), alpha=float(alpha),
-                        B=torch.randn(d, rank, *[1]*(len(k) - 1), generator=g)*.3)
+                        B=torch.randn(d, rank, *[1]*(len(k) - 1), generator=g)*size)
     return state
 
 
@@ -112,3 +114,64 @@ def test_layers_that_one_adapter_lacks(peft):
     theirs, ours = peft_mix(peft, net, states, (.4, .9), 'cat'), blend(states, (.4, .9))
     assert set(theirs) == set(ours) == {'to_q', 'conv1', 'proj_in'}
     for n in ours: close(delta_of(ours[n]), theirs[n], 1e-5)
+
+
+# ---------------------------------------------------------------- several adapters in one U-Net
+
+INPUTS = (torch.randn(2, 4, 8, 8, generator=generator('x')), torch.tensor([20, 700]),
+          torch.randn(2, 5, 16, generator=generator('text')))
+
+
+def answer(unet):
+    with torch.no_grad(): return unet(*INPUTS).sample
+
+
+@pytest.fixture
+def pair(peft):
+    "A tiny U-Net of diffusers with two adapters in PEFT, the same in ours, and the states."
+    theirs, ours = tiny_base().unet, Adapters(tiny_base().unet)
+    states = {'paper_cut': random_state(theirs, find_targets(theirs, 'attention'), 2, 3, 'paper', .1),
+              'pixel_art': random_state(theirs, find_targets(theirs, 'attention_ff'), 4, 2, 'pixel', .1)}
+    for name, state in states.items():
+        put(peft, theirs, name, state, lambda name, config: theirs.add_adapter(config, name))
+        ours.add(name, state)
+    return theirs, ours
+
+
+@pytest.mark.parametrize('names, weights', [
+    ('paper_cut', None), (['paper_cut', 'pixel_art'], [.5, 1.]), (['pixel_art', 'paper_cut'], [1.5, -.5]),
+    (['pixel_art'], [{'down': .2, 'mid': .7, 'up': {'block_1': [.1, .9]}}]), (['paper_cut', 'pixel_art'], None),
+    (['paper_cut', 'pixel_art'], [{'down': 0, 'mid': 1, 'up': 0}, .3]), (['paper_cut', 'pixel_art'], .4)])
+def test_set_adapters_is_diffusers(pair, names, weights):
+    "The call that users know, with the same names and weights, gives the same output."
+    theirs, ours = pair
+    bare = answer(tiny_base().unet)
+    theirs.set_adapters(names, weights)
+    ours.set_adapters(names, weights)
+    close(answer(ours.model), answer(theirs), 1e-5)
+    assert (answer(theirs) - bare).abs().max() > 1e-2
+    theirs.disable_adapters()
+    ours.enable(False)
+    assert torch.equal(answer(ours.model), bare) and torch.equal(answer(theirs), bare)
+
+
+def test_dropping_an_adapter_is_diffusers(pair):
+    theirs, ours = pair
+    theirs.set_adapters(['paper_cut', 'pixel_art'], [.5, 1.])
+    ours.set_adapters(['paper_cut', 'pixel_art'], [.5, 1.])
+    theirs.delete_adapters('paper_cut')
+    ours.remove('paper_cut')
+    close(answer(ours.model), answer(theirs), 1e-5)
+
+
+def test_a_saved_mixture_is_the_mixture_in_diffusers(pair, tmp_path):
+    "The mixture, saved as one ordinary file, loads in diffusers and gives the output of both adapters."
+    theirs, ours = pair
+    theirs.set_adapters(['paper_cut', 'pixel_art'], [.5, 1.])
+    ours.set_adapters(['paper_cut', 'pixel_art'], [.5, 1.])
+    file, fresh = save_lora(ours.model, tmp_path/'mix.safetensors'), tiny_base()
+    pipe = pytest.importorskip('diffusers').StableDiffusionPipeline(
+        unet=fresh.unet, vae=fresh.vae, text_encoder=fresh.text_encoder, tokenizer=fresh.tokenizer, scheduler=None,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.load_lora_weights(str(file))
+    close(answer(pipe.unet), answer(theirs), 1e-5)

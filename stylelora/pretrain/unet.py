@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..schedule import Schedule, add_noise
 from .clip import random_caption
 
-# %% ../../nbs/pretrain/06_unet.ipynb #0e7b2e44
+# %% ../../nbs/pretrain/06_unet.ipynb #90e433b5
 def new_unet(
     channels: tuple = (64, 128, 224),  # widths of the levels, multiples of 32
     context: int = 192,  # width of the text encoder
@@ -30,12 +30,14 @@ def new_unet(
     n = len(channels) - 1
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return UNet2DConditionModel(
+        unet = UNet2DConditionModel(
             sample_size=side, in_channels=4, out_channels=4, block_out_channels=tuple(channels),
-            layers_per_block=layers,
-            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",)*n,
+            layers_per_block=layers, down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",)*n,
             up_block_types=("CrossAttnUpBlock2D",)*n + ("UpBlock2D",), cross_attention_dim=context,
-            attention_head_dim=tuple(max(1, c//32) for c in channels), norm_num_groups=16)
+            attention_head_dim=tuple(max(1, c//32) for c in channels), norm_num_groups=16,
+            addition_embed_type="text", addition_embed_type_num_heads=4)
+    torch.nn.init.zeros_(unet.add_embedding.norm2.weight)
+    return unet
 
 # %% ../../nbs/pretrain/06_unet.ipynb #67abbf7a
 def nudge(
