@@ -124,7 +124,7 @@ def show_notebook(
             cell['execution_count'] = None
     write_json(target, nb)
 
-# %% ../nbs/63_study.ipynb #0e35e5d9
+# %% ../nbs/63_study.ipynb #9640fbeb
 def reading_runs(
     profile, # from `read_profile`
     results, # folder of results
@@ -134,9 +134,12 @@ def reading_runs(
     names = f'{profile["experiment"]}.parquet', 'runs.parquet', 'history.parquet', 'plans.json'
     marks = {n: hash_files(results/n)[:16] for n in names if (results/n).exists()}
     where = str(results.relative_to(root()) if results.is_relative_to(root()) else results)
-    given = dict(results=where, profile=profile['name'])
-    full = {n: complete_parameters(root()/n, given, Path(n).name) for n in profile['read']}
-    return [Run(n, profile['experiment'], Path(n).stem, p, marks) for n, p in full.items()]
+    def run(notebook, **more):
+        given = dict(results=where, profile=profile['name']) | more
+        given = complete_parameters(root()/notebook, given, Path(notebook).name)
+        inputs = marks | dict(notebook=hash_files(root()/notebook)[:16])
+        return Run(notebook, profile['experiment'], more.get('knob', Path(notebook).stem), given, inputs)
+    return [run(**r) if isinstance(r, dict) else run(r) for r in profile['read']]
 
 # %% ../nbs/63_study.ipynb #330bae3e
 def publish(

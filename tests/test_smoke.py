@@ -1,4 +1,5 @@
 """The whole study at toy scale through papermill: plan, train, evaluate, gather, read; and once more, with a kill."""
+import json
 import os
 import signal
 import subprocess
@@ -47,6 +48,25 @@ def test_the_truth_is_a_ceiling_and_copying_has_no_skill(study):
 def test_every_figure_and_page_is_there(study):
     assert not [f for f in FIGURES if not (study/"figures"/f"e1-{f}").stat().st_size]
     assert {p.stem for p in (study/"runs"/"E1").glob("*.ipynb")} >= {"train-L1", "evaluate-L1"}
+
+
+def test_sampler_study_and_sweep_use_the_same_adapter(study):
+    outcomes = run_study("smoke_sweeps", out=study)
+    assert set(outcomes.status) <= {"done", "skipped"}, outcomes.to_string()
+    plans = [plan_runs(read_profile(f"smoke_{e}")) for e in ("E2", "E3")]
+    assert {trained(study).name} == {r.id for p in plans for r in p if Path(r.notebook).stem == "train"}
+    names = "e2-cost.svg e2-strip.png e2-matrix.png e2-pareto.svg e3-adapter_scale.svg e3-adapter_scale.png".split()
+    assert not [f for f in names if not (study/"figures"/f).stat().st_size]
+
+
+def test_an_adapter_of_strength_zero_is_the_bare_base(study):
+    runs = pd.read_parquet(study/"results"/"runs.parquet").set_index("run_id").parameters.map(json.loads)
+    table = pd.read_parquet(study/"results"/"E3.parquet")
+    table = table[(table.metric == "gt_skill") & (table.sampler != "none")]
+    table = table.assign(scale=table.run_id.map(lambda i: runs[i]["adapter_scale"]))
+    skill = table.pivot_table(index=["arm", "scale"], columns="concept", values="value", observed=True)
+    assert (skill.loc["L1", 0.] - skill.loc["no_lora", 1.]).abs().max() < 1e-3
+    assert (skill.loc["L1", 1.] - skill.loc["no_lora", 1.]).abs().max() > 1e-3
 
 
 def test_a_second_study_does_nothing(study):
