@@ -7,9 +7,10 @@ __all__ = ['MODEL', 'SAMPLE', 'TRAIN', 'STUDY', 'REPORT', 'ABOUT', 'TEXTS', 'EXP
            'write_grid', 'run_sample', 'config_of', 'load_pictures', 'run_train', 'start_study', 'build', 'make_parser',
            'main']
 
-# %% ../nbs/69_cli.ipynb #ae52de1b
+# %% ../nbs/69_cli.ipynb #39a874aa
 import argparse, ast, io, re, sys
 from pathlib import Path
+from . import file_commands
 
 # %% ../nbs/69_cli.ipynb #6e6be82a
 class Parser(argparse.ArgumentParser):
@@ -226,17 +227,17 @@ A row per prompt and a column per seed. Prompts of the embedded model have the f
 Nothing is executed: pages are filled from the tables in reports/results, notebooks are shown with their
 stored outputs. A value that is missing or a broken link is an error, and the old site stays.""")
 
-# %% ../nbs/69_cli.ipynb #b1b7336f
+# %% ../nbs/69_cli.ipynb #cb626c21
 def make_parser() -> Parser: # of the whole command
     "Describe the command."
     shape = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100)
     parser = Parser(prog='stylelora', description=ABOUT, formatter_class=shape)
     commands = parser.add_subparsers(title='commands', required=True, parser_class=Parser)
     runs = dict(study=(start_study, STUDY), train=(run_train, TRAIN), sample=(run_sample, SAMPLE),
-                report=(lambda a: build(a.out, a.renderer), REPORT))
+                report=(lambda a: build(a.out, a.renderer), REPORT)) | file_commands.COMMANDS
     for name, (run, table) in runs.items():
-        head = TEXTS[name].split('\n')[0]
-        p = commands.add_parser(name, help=head, description=TEXTS[name], formatter_class=shape)
+        text = (TEXTS | file_commands.TEXTS)[name]
+        p = commands.add_parser(name, help=text.split('\n')[0], description=text, formatter_class=shape)
         add_options(p, table)
         p.set_defaults(run=run)
     return parser
