@@ -84,7 +84,7 @@ def mmd_test(
     p = (1 + (null >= value - 1e-12).sum())/(1 + n_draws)
     return dict(mmd2=value, p=float(p), n=n, m=len(z) - n)
 
-# %% ../nbs/58_distribution.ipynb #eaac283f
+# %% ../nbs/58_distribution.ipynb #e3be7764
 def real_floor(
     distance, # function of two feature tables
     reference, # real features (N,d)
@@ -95,7 +95,7 @@ def real_floor(
     "Measure a distance between disjoint random subsets of the real features."
     reference, rng = as_features(reference), np.random.default_rng(seed)
     if not 2 <= n <= len(reference)//2:
-        raise ValueError(f'n={n}: disjoint halves of {len(reference)} rows have 2 to {len(reference)//2} each')
+        raise ValueError(f'n={n}: disjoint halves of {len(reference)} have 2 to {len(reference)//2} each')
     picks = (rng.permutation(len(reference))[:2*n] for _ in range(n_draws))
     return np.array([distance(reference[i[:n]], reference[i[n:]]) for i in picks])
 

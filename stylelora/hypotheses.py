@@ -55,7 +55,7 @@ def load_hypotheses(
     if len({e['id'] for e in entries}) < len(entries): raise ValueError(f'{path.name}: an id occurs twice')
     return float(content['alpha']), entries
 
-# %% ../nbs/64_hypotheses.ipynb #dde9b1e8
+# %% ../nbs/64_hypotheses.ipynb #076b573b
 USUAL = dict(source='', adapter_scale=1., train_share=1.) # settings that a rule need not name
 SETTING = 'arm vendor n_images rank sampler steps cfg source adapter_scale train_share'.split()
 
@@ -65,7 +65,7 @@ def with_details(
 ) -> pd.DataFrame: # the same rows with source, adapter_scale and train_share
     "Add the settings that are known only from the runs' parameters."
     if runs is None: return frame.assign(**{k: frame.get(k, v) for k, v in USUAL.items()})
-    known = {i: json.loads(p) for i, p in zip(runs.run_id, runs.parameters)}
+    known = {i: json.loads(p) for i, p in zip(runs.run_id, runs.parameters) if isinstance(p, str)}
     of = lambda i: known.get(i, {})
     length = {i: of(of(i).get('adapter', '')).get('steps') for i in frame.run_id.unique()}
     usual = pd.Series([v for v in length.values() if v], dtype=float).mode()
