@@ -6,8 +6,9 @@
 The first replaces the curve from the first logged image on (a run that goes on from an older one keeps the older part);
 the second adds a row to the list of attempts and keeps the picture under a name of its own.
 """
-import json, shutil, sys
+import json, sys
 from pathlib import Path
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT/"reports"/"results", ROOT/"reports"/"figures"
@@ -47,7 +48,9 @@ def attempt(words, book):
     tried.append(dict(attempt=number, images=unet["images"], minutes=unet["minutes"], loss_left_out=fixed.get("val"),
                       loss_seen=fixed.get("train"), **{k: g["value"] for k, g in gates.items()}, what=words))
     source = next(FIGURES/f for f in ("base-test-prompts.png", "base-left-out.png") if (FIGURES/f).exists())
-    shutil.copyfile(source, FIGURES/f"base-attempt-{number}.png")
+    page = Image.open(source).convert("RGB")
+    page = page.resize((min(page.width, 640), page.height*min(page.width, 640)//page.width), Image.LANCZOS)
+    page.quantize(128).save(FIGURES/f"base-attempt-{number}.png", optimize=True)      # a memory, not the exhibit
 
 def main(what, value):
     path = RESULTS/"pretraining.json"
