@@ -50,6 +50,12 @@ def test_every_figure_and_page_is_there(study):
     assert {p.stem for p in (study/"runs"/"E1").glob("*.ipynb")} >= {"train-L1", "evaluate-L1"}
 
 
+def test_a_second_study_does_nothing(study):
+    before = hash_files(trained(study))
+    again = run_study("smoke", out=study)
+    assert set(again.status) == {"skipped"} and hash_files(trained(study)) == before
+
+
 def test_sampler_study_and_sweep_use_the_same_adapter(study):
     outcomes = run_study("smoke_sweeps", out=study)
     assert set(outcomes.status) <= {"done", "skipped"}, outcomes.to_string()
@@ -67,12 +73,6 @@ def test_an_adapter_of_strength_zero_is_the_bare_base(study):
     skill = table.pivot_table(index=["arm", "scale"], columns="concept", values="value", observed=True)
     assert (skill.loc["L1", 0.] - skill.loc["no_lora", 1.]).abs().max() < 1e-3
     assert (skill.loc["L1", 1.] - skill.loc["no_lora", 1.]).abs().max() > 1e-3
-
-
-def test_a_second_study_does_nothing(study):
-    before = hash_files(trained(study))
-    again = run_study("smoke", out=study)
-    assert set(again.status) == {"skipped"} and hash_files(trained(study)) == before
 
 
 def test_a_killed_study_ends_with_the_same_adapter(study, tmp_path):
