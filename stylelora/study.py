@@ -6,13 +6,14 @@
 __all__ = ['store_history', 'store_pictures', 'store_plan', 'drop_unplanned', 'gather', 'lighter', 'show_notebook',
            'reading_runs', 'publish', 'run_study']
 
-# %% ../nbs/63_study.ipynb #51a9a2e6
+# %% ../nbs/63_study.ipynb #7dae22cf
 import base64, io, re, shutil
 from pathlib import Path
 import pandas as pd
 from PIL import Image
 from .core import hash_files, read_json, root, write_atomic, write_json
 from .params import Run, complete_parameters
+from .plots import fewer_colours
 from .plan import announce, known_runs, plan_runs, read_profile
 from .results import append_results, append_runs
 from .runs import is_complete, report, run_batch
@@ -89,14 +90,12 @@ def gather(
     store_history([i for i in here if (Path(runs)/i/'history.parquet').exists()], runs, results, keep)
     store_pictures(here, runs, results)
 
-# %% ../nbs/63_study.ipynb #bed8573d
+# %% ../nbs/63_study.ipynb #4f0c4d14
 def lighter(
     png, # base64 text of a PNG
-) -> str: # the same picture in 200 colours, if that is shorter
+) -> str: # the same picture with a palette, if that is shorter
     "Reduce a picture to a palette, which shrinks grids of drawings to a third."
-    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(200)
-    picture.save(raw := io.BytesIO(), 'PNG', optimize=True)
-    small = base64.b64encode(raw.getvalue()).decode()
+    small = base64.b64encode(fewer_colours(base64.b64decode(png), 0)).decode()
     return small if len(small) < len(png) else png
 
 # %% ../nbs/63_study.ipynb #0f187aad

@@ -6,18 +6,14 @@ said. The real budgets stand in nbs/pretrain/budget.yaml; pairs given here win o
 import sys
 from pathlib import Path
 import papermill, yaml
+from stylelora.params import Loader      # knows that 8e-4 is a number
 
 ROOT = Path(__file__).resolve().parent.parent
-
-def value(text):
-    "Read one value as YAML does, except that 8e-4 is a number."
-    try: return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except ValueError: return yaml.safe_load(text)
 
 def main(notebook, *pairs):
     if bad := [p for p in pairs if "=" not in p]: sys.exit(f"{bad[0]!r} is not name=value, such as size=128")
     budget = yaml.safe_load((Path(notebook).parent/"budget.yaml").read_text()).get(Path(notebook).stem, {})
-    given = budget | {k: value(v) for k, v in (p.split("=", 1) for p in pairs)}
+    given = budget | {k: yaml.load(v, Loader) for k, v in (p.split("=", 1) for p in pairs)}
     known = papermill.inspect_notebook(notebook)
     used = {k: v for k, v in given.items() if k in known}
     print("parameters:", used or "the notebook's own", "| not declared here:", sorted(set(given) - set(used)) or "none")
