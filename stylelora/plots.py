@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'VENDOR_PALETTE', 'colour', 'setup_style', 'axes', 'to_rgb', 'canvas', 'image_grid', 'curve', 'band',
-           'reference', 'scatter_ci', 'forest', 'fewer_colours', 'save_figure']
+           'reference', 'scatter_ci', 'forest', 'radar', 'fewer_colours', 'save_figure']
 
 # %% ../nbs/01_plots.ipynb #9e2c918e
 import io
@@ -15,12 +15,13 @@ import numpy as np
 from PIL import Image
 from .core import seed_of, write_atomic
 
-# %% ../nbs/01_plots.ipynb #9f1c8f3e
+# %% ../nbs/01_plots.ipynb #5edcc261
 PALETTE = dict(
     base='#8a8a8a', truth='#1a1a1a', floor='#b0b0b0', ceiling='#555555', train='#0072b2', val='#d55e00',
     scaled_linear='#3a3a3a', quadratic='#c9a400', linear='#0072b2', cosine='#d55e00',
     L1='#0072b2', L2='#d55e00', L3='#009e73', L4='#cc79a7', L5='#e69f00', L6='#56b4e9', L7='#003f6b',
-    uniform='#3a3a3a', snr_weighted='#009e73', high_noise='#cc79a7', low_noise='#7fbf3f',
+    own_schedule='#117733', L1_remapped='#7fb8dc', L2_remapped='#f0a572', snr_loss='#b2182b',
+    no_lora='#8a8a8a', uniform='#3a3a3a', snr_weighted='#009e73', high_noise='#cc79a7', low_noise='#7fbf3f',
     mse='#3a3a3a', min_snr='#e69f00', p2='#8c564b', snr='#b2182b',
     ddim='#0072b2', euler='#e69f00', euler_ancestral='#d55e00', dpmpp_2m='#009e73', dpmpp_sde='#cc79a7',
     rank4='#9ecae1', rank8='#6baed6', rank16='#2171b5', rank32='#08306b')
@@ -190,6 +191,28 @@ def forest(
     ax.axvline(zero, color='.4', lw=.8, zorder=0)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - .5, -.5)
+    return ax
+
+# %% ../nbs/01_plots.ipynb #602940a0
+def radar(
+    values, # shares of the way from floor to ceiling (n,k); cut to [0,1]
+    names,  # n names, which decide the colours
+    spokes, # k titles, at least three
+    ax=None, # polar axes; new if None
+): # polar axes
+    "Draw profiles over several metrics, from floors in the middle to ceilings outside."
+    v = np.clip(np.asarray(values, dtype=float), 0, 1)
+    if v.shape != (len(names), len(spokes)) or len(spokes) < 3:
+        raise ValueError(f'values {v.shape}, {len(names)} names, {len(spokes)} spokes; want (n,k), k ≥ 3')
+    ax = plt.subplots(figsize=(4, 3.6), subplot_kw=dict(polar=True))[1] if ax is None else ax
+    turn = np.linspace(0, 2*np.pi, len(spokes), endpoint=False)
+    for row, name in zip(v, names):
+        ax.plot([*turn, turn[0]], [*row, row[0]], color=colour(name), label=name, lw=1.4)
+    ax.set_xticks(turn, list(spokes))
+    for label, u in zip(ax.get_xticklabels(), turn):   # beside the circle, not across it
+        label.set_ha('center' if np.isclose(np.sin(u), 0) else 'left' if np.sin(u) > 0 else 'right')
+    ax.set(ylim=(0, 1), theta_offset=np.pi/2, theta_direction=-1)
+    ax.set_yticks([.25, .5, .75, 1], ['', 'half', '', 'ceiling'], fontsize='x-small', color='.5')
     return ax
 
 # %% ../nbs/01_plots.ipynb #57213e94
