@@ -1,10 +1,11 @@
 """Enter what a pretraining wrote into reports/results/pretraining.json, which the model card reads.
 
     python tools/pretraining_log.py unet data/unet       # the log and the evaluations of one network
+    python tools/pretraining_log.py unet data/unet3 578560   # the same, of a run that started from a network of so many
     python tools/pretraining_log.py attempt "what was changed and why"   # after 07_gates: gates and picture of this base
 
-The first replaces the curve from the first logged image on (a run that goes on from an older one keeps the older part);
-the second adds a row to the list of attempts and keeps the picture under a name of its own.
+The first replaces the curve from the first logged image on (a run that goes on from an older one keeps the older part, and
+counts from the drawings which that one had seen); the last adds a row to the list of attempts and keeps the picture under a name of its own.
 """
 import json, sys
 from pathlib import Path
@@ -33,8 +34,9 @@ def read_log(folder):
         if row not in thin: thin.append(row)
     return sorted(thin, key=lambda r: r["step"]), seconds
 
-def enter(name, folder, book):
+def enter(name, folder, book, seen_before=0):
     rows, seconds = read_log(Path(folder))
+    rows = [r | dict(images=r["images"] + int(seen_before)) for r in rows]
     old = book["networks"].get(name, dict(log=[], minutes=0))
     kept = [r for r in old["log"] if r["images"] < rows[0]["images"]]
     before = old["minutes"]*(kept[-1]["images"]/old["images"] if kept else 0)
@@ -52,10 +54,10 @@ def attempt(words, book):
     page = page.resize((min(page.width, 640), page.height*min(page.width, 640)//page.width), Image.LANCZOS)
     page.quantize(128).save(FIGURES/f"base-attempt-{number}.png", optimize=True)      # a memory, not the exhibit
 
-def main(what, value):
+def main(what, value, *more):
     path = RESULTS/"pretraining.json"
     book = json.loads(path.read_text())
-    attempt(value, book) if what == "attempt" else enter(what, value, book)
+    attempt(value, book) if what == "attempt" else enter(what, value, book, *more)
     path.write_text(json.dumps(book, indent=1) + "\n")
 
-if __name__ == "__main__": main(*sys.argv[1:]) if len(sys.argv) == 3 else print(__doc__)
+if __name__ == "__main__": main(*sys.argv[1:]) if len(sys.argv) in (3, 4) else print(__doc__)
