@@ -27,12 +27,20 @@ def _mean_over(values, mask):
     weight = mask.reshape(*mask.shape, *[1]*(values.ndim - 3))
     return (values*weight).sum((1, 2))/np.maximum(mask.sum((1, 2)), 1).reshape(-1, *[1]*(values.ndim - 3))
 
-# %% ../nbs/571_doses.ipynb #c028caeb
+# %% ../nbs/571_doses.ipynb #03a92bfd
+def _lab(images):
+    "Convert pictures (b,h,w,3) uint8 to Lab, every colour once."
+    r, g, b = np.moveaxis(np.asarray(images).astype(np.uint32), -1, 0)
+    colours, where = np.unique((r << 16 | g << 8 | b).ravel(), return_inverse=True)
+    known = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], -1).astype(np.uint8)
+    return rgb_to_lab(known[None, None])[0, 0][where.ravel()].reshape(images.shape)
+
+# %% ../nbs/571_doses.ipynb #cc124dd8
 def palette_of(
     images, # pictures (b,h,w,3) uint8, on white
 ) -> np.ndarray: # lightness, chroma, spread of the hues (b,3), in Lab units
     "Describe the colours of the figure."
-    lab = rgb_to_lab(images); figure = figure_of(lab)
+    lab = _lab(images); figure = figure_of(lab)
     hue = _mean_over(lab[..., 1:], figure)
     spread = np.sqrt(_mean_over(((lab[..., 1:] - hue[:, None, None])**2).sum(-1), figure))
     chroma = _mean_over(np.hypot(lab[..., 1], lab[..., 2]), figure)
@@ -44,16 +52,16 @@ def outline_of(
     width=5,  # pixels; wider dark areas are no strokes
 ) -> np.ndarray: # share of the figure (b,1)
     "Measure how much of the figure is dark and thin."
-    lab = rgb_to_lab(images); ink = lab[..., 0] < dark
+    lab = _lab(images); ink = lab[..., 0] < dark
     thin = ink & ~np.stack([binary_opening(i, np.ones((width, width))) for i in ink])
     return _mean_over(thin.astype(float), figure_of(lab))[:, None]
 
-# %% ../nbs/571_doses.ipynb #a970d5ac
+# %% ../nbs/571_doses.ipynb #bd2fcef4
 def shading_of(
     images, # pictures (b,h,w,3) uint8, on white
 ) -> np.ndarray: # mean change of lightness per pixel (b,1), in Lab units
     "Measure how much lightness changes inside regions, away from edges."
-    lab = rgb_to_lab(images); light, edges = lab[..., 0], edge_map(images, .08)
+    lab = _lab(images); light, edges = lab[..., 0], edge_map(images, .08)
     far = ~np.stack([binary_dilation(e, np.ones((5, 5))) for e in edges])
     slope = np.hypot(*np.gradient(light, axis=(1, 2)))
     return _mean_over(slope, far & figure_of(lab))[:, None]
@@ -103,7 +111,7 @@ def centroid_dose(
     if not (way**2).sum() > 0: raise ValueError('the bare model and the truth have the same centroid')
     return project(x, start.mean(0), way, 1.)
 
-# %% ../nbs/571_doses.ipynb #9727d41c
+# %% ../nbs/571_doses.ipynb #49ad40b5
 @dataclass
 class Measured:
     "Hold the statistics of all drawings of some concepts."
@@ -117,17 +125,17 @@ def measure_grid(
     grid,  # from `load_grid`
     split, # 'pool', 'val', 'test' or 'novel'
     measures=None, # more attributes: name -> function from pictures (b,h,w,3) to (b,d)
+    vendors=None,  # whose drawings are measured; all if None, the others stay empty
 ) -> Measured:
     "Measure every drawing of a split once."
-    concepts, measures = grid.concepts(split), ATTRIBUTES | (measures or {})
+    concepts, measures, n = grid.concepts(split), ATTRIBUTES | (measures or {}), len(grid.vendors)
     out = Measured(concepts, grid.vendors, [grid.vendors.index(v) for v in grid.base_vendors], {}, measures)
     for j, v in enumerate(grid.vendors):
-        rows = [i for i, c in enumerate(concepts) if grid.has(c, v)]
+        rows = [i for i, c in enumerate(concepts) if v in (vendors or grid.vendors) and grid.has(c, v)]
         images = grid_images(grid, [concepts[i] for i in rows], v)
         for name, f in measures.items() if rows else ():
             found = np.asarray(f(images), float)
-            empty = np.full((len(concepts), len(grid.vendors), found.shape[1]), np.nan)
-            out.values.setdefault(name, empty)[rows, j] = found
+            out.values.setdefault(name, np.full((len(concepts), n, found.shape[1]), np.nan))[rows, j] = found
     return out
 
 # %% ../nbs/571_doses.ipynb #f0e30afa

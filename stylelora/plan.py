@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'read_yaml', 'read_profile', 'fingerprint', 'inputs_of', 'make_runs', 'training_runs', 'evaluations_of',
-           'plan_runs', 'known_runs', 'announce']
+           'mixtures_of', 'plan_runs', 'known_runs', 'announce']
 
 # %% ../nbs/62_plan.ipynb #a9dad425
 import json
@@ -17,9 +17,9 @@ from .params import Loader, Run, complete_parameters, declared, expand, unknown
 from .results import completed
 from .runs import is_complete
 
-# %% ../nbs/62_plan.ipynb #c687f6b2
-FIELDS = dict(experiment='', trainings='', shared='', arms=(), train={}, evaluate={}, also=(), read=(),
-              parts=(), out='reports', trust=False, # keys of a profile and their defaults
+# %% ../nbs/62_plan.ipynb #ec335b89
+FIELDS = dict(experiment='', trainings='', shared='', arms=(), train={}, evaluate={}, also=(), mix=(),
+              read=(), parts=(), out='reports', trust=False, # keys of a profile and their defaults
               evaluator='nbs/experiments/evaluate.ipynb')
 
 def read_yaml(
@@ -106,22 +106,44 @@ def evaluations_of(
         return make_runs(profile['evaluator'], profile['experiment'], arm, given, f'{profile["name"]}.yaml')
     return [r for over in ({}, *profile['also']) for r in made(profile['evaluate'] | over)]
 
-# %% ../nbs/62_plan.ipynb #b477aac6
+# %% ../nbs/62_plan.ipynb #a7204733
+def mixtures_of(
+    profile, # from `read_profile`
+    trained, # list of Run, its trainings
+) -> list:   # of Run, those that evaluate mixtures
+    "Plan the mixtures of trainings that differ in nothing but the vendor."
+    runs, where, two = [], f'{profile["name"]}.yaml: mix', ('vendor', 'other_vendor')
+    for m in profile['mix']:
+        if lost := [k for k in two if k not in m]: raise ValueError(f'{where} needs {lost[0]}')
+        mine, others = ([t for t in trained if t.parameters['vendor'] == m[k]] for k in two)
+        alike = {json.dumps([t.arm, t.parameters | dict(vendor='')]): t for t in others}
+        rest = {k: v for k, v in m.items() if k not in two}
+        over = profile | dict(evaluate=profile['evaluate'] | rest, also=())
+        pairs = [(t, alike.get(json.dumps([t.arm, t.parameters | dict(vendor='')]))) for t in mine]
+        if not pairs or not all(o for _, o in pairs):
+            raise ValueError(f'{where}: {m["vendor"]} and {m["other_vendor"]} are not trained alike')
+        for t, o in pairs:
+            runs += evaluations_of(over, t, mode='mix', blend_with=o.id, other_vendor=m['other_vendor'])
+    return runs
+
+# %% ../nbs/62_plan.ipynb #49b6f3ca
 def plan_runs(
     profile, # from `read_profile`
 ) -> list:   # of Run, in the order of execution
     "List all runs of a profile but the reading ones."
     trained, runs, seen = training_runs(profile), [], set()
+    judged = {m['vendor'] for m in profile['mix']}
     for t in trained:
         same = {k: t.parameters[k] for k in ('base', 'vendor', 'n_images', 'device') if k in t.parameters}
-        if (key := json.dumps(same)) in seen: continue
+        if (key := json.dumps(same)) in seen or judged and same['vendor'] not in judged: continue
         runs += evaluations_of(profile, None, **same, arm='references', mode='references')[:1]
         runs += evaluations_of(profile, None, **same, arm='no_lora')
         seen.add(key)
-    runs += [r for t in trained for r in (t, *evaluations_of(profile, t))]
+    if judged: runs += [*trained, *mixtures_of(profile, trained)]
+    else: runs += [r for t in trained for r in (t, *evaluations_of(profile, t))]
     return list({r.id: r for r in runs}.values())
 
-# %% ../nbs/62_plan.ipynb #bc5ea5b0
+# %% ../nbs/62_plan.ipynb #206068cf
 def known_runs(
     plan,    # list of Run
     results, # folder of results
@@ -130,7 +152,7 @@ def known_runs(
     "Tell which runs are complete, from their results alone."
     stored = completed(results)
     absent = [r for r in plan if r.id not in stored and not is_complete(Path(runs)/r.id)]
-    missing = {r.parameters.get('adapter') for r in absent}
+    missing = {r.parameters.get(k) for r in absent for k in ('adapter', 'blend_with')}
     return {r.id for r in plan if r.id in stored and r.id not in missing}
 
 # %% ../nbs/62_plan.ipynb #e38eaf1b

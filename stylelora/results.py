@@ -151,7 +151,7 @@ def collect(
     if complete: append_runs([read_json(p/'manifest.json') for p in complete], folder)
     return len(complete)
 
-# %% ../nbs/61_results.ipynb #73129457
+# %% ../nbs/61_results.ipynb #ea175576
 @dataclass(frozen=True)
 class Metric:
     "Say how a metric is printed."
@@ -170,6 +170,9 @@ METRICS = dict(
     clip_text=Metric('CLIP text', 3),
     lpips=Metric('LPIPS', 3, better=-1), perceptual=Metric('LPIPS on lite0', 2, better=-1),
     psnr=Metric('PSNR', 1, 1, 'dB'), ssim=Metric('SSIM', 3),
+    style_dose=Metric('style dose'), other_style_dose=Metric('dose of the other style', better=0),
+    dose_palette=Metric('palette dose'), dose_outline=Metric('outline dose'),
+    dose_shading=Metric('shading dose'), dose_shape=Metric('shape dose'),
     seconds_per_image=Metric('time per image', 2, 1, 's', -1))
 
 # %% ../nbs/61_results.ipynb #6f53a241

@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'Run', 'start', 'settle', 'history', 'digest', 'pack_run', 'read_checkpoint', 'restore', 'describe',
            'check_same']
 
-# %% ../nbs/31_state.ipynb #74781781
+# %% ../nbs/31_state.ipynb #daed2927
 import json, math, time
 from dataclasses import asdict
 import pandas as pd
@@ -16,9 +16,10 @@ from safetensors.torch import save
 from .base import Base
 from .core import generator, sha256_bytes
 from .lora import inject, lora_layers, remove
+from .processes import Processes
 from .steps import Average
 
-# %% ../nbs/31_state.ipynb #7e037105
+# %% ../nbs/31_state.ipynb #58b84282
 class Run:
     "Hold what changes in a training: adapter, optimizer, average, history; made by `start`."
     def __init__(self, base, config):
@@ -30,7 +31,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(weights, config.lr, betas, weight_decay=config.weight_decay,
                                            fused=base.device.type in ('cpu', 'cuda'))
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=config.precision == 'float16')
-        self.average = Average(weights, config.ema)
+        self.average, self.processes = Average(weights, config.ema), Processes()
 
 def start(
     base:Base, # whose U-Net gets the adapter

@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINT', 'advance', 'stoppable', 'after_step', 'report', 'loop', 'plain_objective', 'begin', 'finish', 'train',
            'TrainConfig', 'make_config']
 
-# %% ../nbs/32_train.ipynb #46500b5a
+# %% ../nbs/32_train.ipynb #60927829
 import math, signal, threading, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +18,14 @@ from .core import seed_of, write_atomic
 from .files import save_lora
 from .lora import lora_layers
 from .objective import Objective
+from .processes import add_up, any_of
 from .state import (Run, check_same, describe, history, pack_run, read_checkpoint, restore, settle,
                              start)
 from .steps import (TrainConfig, arithmetic, check_training, draw_step, evaluate, lr_at, make_config,
                              repeatable, step_loss)
 _all_ = ['TrainConfig', 'make_config']
 
-# %% ../nbs/32_train.ipynb #f10e6dc9
+# %% ../nbs/32_train.ipynb #e9c0569a
 def advance(
     run:Run,   # changed in place
     latents,   # clean latents (n,c,h,w), on the base's device
@@ -40,10 +41,11 @@ def advance(
     if config.lora_dropout: torch.manual_seed(seed_of('dropout', config.seed, run.step))
     run.optimizer.zero_grad(); total = 0.
     for group in run.optimizer.param_groups: group['lr'] = lr_at(run.step, config)
-    for i in torch.arange(config.batch_size).chunk(config.accumulate):
+    for i in run.processes.mine(config.batch_size).chunk(config.accumulate):
         with arithmetic(device, config.precision):
             loss = step_loss(run.base, x0[i], ctx[i], eps[i], d.t[i], objective).sum()/config.batch_size
         run.scaler.scale(loss).backward(); total = total + loss.detach()
+    total = add_up(run.processes, run.params.values(), total)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.params.values(), config.grad_clip or math.inf).detach()
     run.scaler.step(run.optimizer); run.scaler.update(); run.average.update(run.step)
@@ -77,7 +79,7 @@ def after_step(run, train, val, on_step, on_sample, write): # as in `train`; wri
         with run.average.swapped(): on_sample(run.step, run.base)
     if write and due(config.save_every): write()
 
-# %% ../nbs/32_train.ipynb #b9c0ecf9
+# %% ../nbs/32_train.ipynb #cd68f32e
 def report(run, bar): # a training, and its tqdm progress bar
     "Show the mean loss and the speed of the last twenty steps."
     settle(run); last = run.rows[-20:]
@@ -96,7 +98,7 @@ def loop(run, pair, objective, val, on_step, on_sample, write, progress): # as i
             after_step(run, pair, val, on_step, on_sample, write)
             if run.step % 20 == 0: report(run, bar)
             bar.update()
-            if asked:
+            if any_of(run.processes, asked, run.base.device):
                 if write: write()
                 raise KeyboardInterrupt(f'stopped after step {run.step} of {config.steps}; ' + (
                     'the same call goes on here' if write else 'no folder was given, so nothing is kept'))
@@ -128,7 +130,7 @@ def finish(run, file, identity): # file is the checkpoint or None
     run.base.unet.disable_gradient_checkpointing()
     if file: save_lora(run.base.unet, file.parent, identity)
 
-# %% ../nbs/32_train.ipynb #4ec4dc48
+# %% ../nbs/32_train.ipynb #17ca64aa
 def train(
     base:Base,  # frozen base; its U-Net carries the adapter afterwards
     latents,    # clean latents (n,c,h,w), see data.LatentCache
@@ -145,11 +147,12 @@ def train(
     objective = objective or plain_objective(base)
     check_training(base, latents, contexts, objective, config, val)
     run, identity = start(base, config), describe(base, latents, contexts, objective, config, val)
-    file = folder and Path(folder).expanduser()/CHECKPOINT
+    file, main = folder and Path(folder).expanduser()/CHECKPOINT, run.processes.main
+    if not main: on_step, on_sample, progress = None, None, False       # one process speaks and writes
     pair = [x.to(base.device) for x in (latents, contexts)]
-    def write(): write_atomic(file, pack_run(run, identity))
+    write = (lambda: write_atomic(file, pack_run(run, identity))) if file and main else None
     begin(run, file, identity, pair, val, on_sample)
-    with torch.random.fork_rng():
-        loop(run, pair, objective, val, on_step, on_sample, file and write, progress)
-    finish(run, file, identity)
+    with torch.random.fork_rng(): loop(run, pair, objective, val, on_step, on_sample, write, progress)
+    finish(run, main and file, identity)
+    any_of(run.processes, False, base.device)                           # the others wait for the file
     return history(run)
