@@ -7,8 +7,9 @@ __all__ = ['MODEL', 'SAMPLE', 'TRAIN', 'STUDY', 'REPORT', 'ABOUT', 'TEXTS', 'EXP
            'write_grid', 'run_sample', 'config_of', 'load_pictures', 'run_train', 'start_study', 'build', 'make_parser',
            'main']
 
-# %% ../nbs/69_cli.ipynb #39a874aa
+# %% ../nbs/69_cli.ipynb #0e3a2c2e
 import argparse, ast, io, re, sys
+from functools import partial
 from pathlib import Path
 from . import file_commands
 
@@ -40,13 +41,13 @@ def add_options(
         elif name.endswith('+'): how |= dict(nargs='+')
         parser.add_argument(name.rstrip('+'), **how)
 
-# %% ../nbs/69_cli.ipynb #6d091bce
+# %% ../nbs/69_cli.ipynb #5060e8d9
 MODEL = """
 --base ='embedded'  the model: embedded, tiny (random), a diffusers folder, a .safetensors file or a hub id
 --device ='auto'    auto, cpu, cuda or mps"""
 SAMPLE = """
 prompt+            what to draw; several prompts make several rows
---lora FILE        adapter to use: a .safetensors file or its folder
+--lora FILE        adapter to use: a file or folder of any layout
 --scale =1.        strength of the adapter
 --seed =0          first seed
 --n =4             pictures per prompt, one seed each
@@ -85,17 +86,17 @@ def write_grid(
     Image.fromarray(page.repeat(zoom, 0).repeat(zoom, 1)).save(raw := io.BytesIO(), kind)
     return write_atomic(path, raw.getvalue())
 
-# %% ../nbs/69_cli.ipynb #acba3533
+# %% ../nbs/69_cli.ipynb #2d747c23
 def run_sample(
     a, # parsed options
 ):
     "Draw prompts × seeds and write them as one picture."
-    from stylelora.files import load_lora
+    from stylelora.formats import load_adapter
     from stylelora.generate import generate
     from stylelora.models import load_base
     if a.n < 1 or a.zoom < 1: raise ValueError(f'--n {a.n} --zoom {a.zoom}: use whole numbers above zero')
     base = load_base(a.base, a.device)
-    if a.lora: load_lora(base.unet, a.lora, a.scale)
+    if a.lora: load_adapter(base, a.lora, a.scale)
     start = dict(images=picture(a.image, base.size), strength=a.strength) if a.image else {}
     seeds = range(a.seed, a.seed + a.n)
     made = generate(base, a.prompt, seeds, a.sampler, a.steps, a.cfg, a.negative, a.batch, **start)
@@ -174,9 +175,10 @@ def run_train(
     file = save_lora(base.unet, a.out, about)
     print(f'{file} after {config.steps} steps, last loss {done.loss.iloc[-1]:.4f}')
 
-# %% ../nbs/69_cli.ipynb #71336d5d
+# %% ../nbs/69_cli.ipynb #416ad781
 STUDY = """
 --profile ='study'  study (minutes), smoke (does everything run?), full (hours), or a file of your own
+--jobs =1           runs at a time; each gets its share of the cores
 --dry-run           say what would be done, and stop
 --force             execute also what is complete
 --no-report         do not build the site afterwards"""
@@ -186,7 +188,10 @@ def start_study(
 ):     # 1 if a run failed
     "Carry out a profile and build the site."
     from stylelora.study import run_study
-    done = run_study(a.profile, dry=a.dry_run, force=a.force)
+    from stylelora.parallel import run_parallel
+    from stylelora.runs import run_batch
+    many = partial(run_parallel, jobs=a.jobs) if a.jobs != 1 else run_batch
+    done = run_study(a.profile, dry=a.dry_run, force=a.force, batch=many)
     if (done.status == 'failed').any(): return 1
     if not (a.dry_run or a.no_report or a.profile == 'smoke'): build()
 

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['needs', 'Board', 'work', 'worker', 'ask', 'Bar', 'serve', 'run_parallel']
 
-# %% ../nbs/601_parallel.ipynb #db7e38d5
+# %% ../nbs/601_parallel.ipynb #273c6ac8
 "Execute a batch of runs on several processes."
 import json, os, signal, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 from .core import human_time, root
@@ -110,7 +109,7 @@ class Bar:
             self.bar.n = sum(self.shares.values())
             self.bar.set_postfix_str(f"{name}: {text}")
 
-# %% ../nbs/601_parallel.ipynb #3cc61ba8
+# %% ../nbs/601_parallel.ipynb #cffb89e2
 def serve(
     board, bar, # the Board; the Bar
     job,     # folder and how, see `work`
@@ -119,10 +118,10 @@ def serve(
     crew,    # list that the worker's process is added to
 ) -> dict:   # identity -> outcome
     "Work off the board with one worker, and with another one if it dies."
-    outcomes = {}
+    outcomes, p = {}, None
     with ExitStack() as stack:
         while run := board.take():
-            if not outcomes or p.poll() is not None: crew.append(p := stack.enter_context(worker(threads)))
+            if p is None or p.poll() is not None: crew.append(p := stack.enter_context(worker(threads)))
             name = f"{run.experiment} {run.arm} {run.label}".strip()
             bar.move(name, 0, "starts")
             heard = lambda text: say(f"  {name} | {text}")

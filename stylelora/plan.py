@@ -34,7 +34,7 @@ def read_yaml(
         if key not in known: raise unknown(key, known, Path(path).name)
     return content
 
-# %% ../nbs/62_plan.ipynb #33995a6b
+# %% ../nbs/62_plan.ipynb #60330593
 def read_profile(
     name='study', # name of a profile
     folder=None,  # where the files are; reports/params if None
@@ -45,7 +45,7 @@ def read_profile(
         raise ValueError(f'profile {name!r} does not exist: there is no {name}.yaml in {folder.name}/')
     p = dict(FIELDS, **read_yaml(folder/f'{name}.yaml', FIELDS), name=name, folder=folder)
     shared = read_yaml(folder/f'{p["shared"]}.yaml', ('train', 'evaluate')) if p['shared'] else {}
-    if not (p['parts'] or p['experiment'] and p['arms']):
+    if not (p['parts'] or p['experiment'] and (p['arms'] or p['read'])):
         raise ValueError(f'{name}.yaml: experiment and arms are needed, or parts')
     return p | {k: shared.get(k, {}) | p[k] for k in ('train', 'evaluate')}
 
