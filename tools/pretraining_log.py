@@ -51,8 +51,8 @@ def attempt(words, book):
                       loss_seen=fixed.get("train"), **{k: g["value"] for k, g in gates.items()}, what=words))
     source = next(FIGURES/f for f in ("base-test-prompts.png", "base-left-out.png") if (FIGURES/f).exists())
     page = Image.open(source).convert("RGB")
-    page = page.resize((min(page.width, 640), page.height*min(page.width, 640)//page.width), Image.LANCZOS)
-    page.quantize(128).save(FIGURES/f"base-attempt-{number}.png", optimize=True)      # a memory, not the exhibit
+    page = page.resize((min(page.width, 512), page.height*min(page.width, 512)//page.width), Image.LANCZOS)
+    page.quantize(48).save(FIGURES/f"base-attempt-{number}.png", optimize=True)      # a memory, not the exhibit
 
 def main(what, value, *more):
     path = RESULTS/"pretraining.json"
