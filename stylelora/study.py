@@ -165,7 +165,7 @@ def reading_runs(
         return Run(notebook, profile['experiment'], more.get('knob', Path(notebook).stem), given, inputs)
     return [run(**r) if isinstance(r, dict) else run(r) for r in profile['read']]
 
-# %% ../nbs/63_study.ipynb #330bae3e
+# %% ../nbs/63_study.ipynb #de00a6a7
 def publish(
     profile, # from `read_profile`
     plan,    # list of Run, with the reading ones
@@ -174,11 +174,13 @@ def publish(
 ):
     "Copy figures, values and executed notebooks to where the site finds them."
     shown = {}
+    trained = list(dict.fromkeys(r.arm for r in plan if r.parameters.get('train_seed', -1) >= 0))
     for r in plan:
         if not is_complete(folder := Path(runs)/r.id): continue
         for kind, target in (('figures', 'figures'), ('values', 'results')):
             for f in sorted((folder/kind).glob('*')): write_atomic(out/target/f.name, f.read_bytes())
         name = '-'.join(dict.fromkeys([Path(r.notebook).stem, r.arm]))
+        if r.arm in trained[1:]: continue                           # the same notebook with other parameters
         if shown.setdefault(name, r.id) == r.id:                    # of several seeds, the first
             show_notebook(folder/'notebook.ipynb', out/'runs'/profile['experiment']/f'{name}.ipynb', r.arm)
 
