@@ -6,7 +6,7 @@
 __all__ = ['list_jobs', 'image_generator', 'draw_latents', 'as_images', 'kept_steps', 'Images', 'Settings', 'plan_walk',
            'draw_batch', 'generate']
 
-# %% ../nbs/41_generate.ipynb #aa9d0c77
+# %% ../nbs/41_generate.ipynb #f8e29585
 import io, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 from .base import Base, decode, denoiser, encode_image, encode_text, to_uint8
-from .core import generator, randn_each, slug, write_atomic, write_json
+from .core import generator, pick_precision, randn_each, slug, write_atomic, write_json
 from .sample import pick_sampler
 from .schedule import as_schedule
+from .steps import arithmetic
 
 # %% ../nbs/41_generate.ipynb #b97773b6
 def list_jobs(
@@ -107,7 +108,7 @@ class Images:
         write_json(f'{folder}/images.json', self.table.assign(file=names).to_dict('records'))
         return names
 
-# %% ../nbs/41_generate.ipynb #d92551b0
+# %% ../nbs/41_generate.ipynb #8162691d
 @dataclass(frozen=True)
 class Settings:
     "Say how pictures are drawn; checked when made."
@@ -119,6 +120,7 @@ class Settings:
     spacing:str = None       # noise levels; None is the sampler's custom
     eta:float = None         # share of fresh noise in [0,1]; None is the sampler's custom
     strength:float = .7      # share of the steps to walk when starting from a picture, in (0,1]
+    precision:str = 'float32' # arithmetic of the U-Net: 'float32', 'bfloat16', 'float16', or 'auto'
 
     def __post_init__(self):
         if self.eta is not None and 'eta' not in signature(pick_sampler(self.sampler).run).parameters:
@@ -126,7 +128,7 @@ class Settings:
         if self.cfg_scale < 0: raise ValueError(f'cfg_scale={self.cfg_scale!r}; use 1 (none) or more')
         if self.negative and self.cfg_scale == 1:
             raise ValueError(f'negative={self.negative!r} has no effect at cfg_scale=1; use a scale above 1')
-        self.sigmas(as_schedule('scaled_linear'))
+        pick_precision(self.precision); self.sigmas(as_schedule('scaled_linear'))
 
     def sigmas(self, schedule): # the Schedule of the base
         "Compute the noise levels (steps+1,)."
@@ -148,7 +150,7 @@ def plan_walk(
     index = {1: [0]*n, len(prompts): [prompts.index(p) for p, _ in jobs], n: list(range(n))}[len(images)]
     return sigmas[how.steps - kept_steps(how.steps, how.strength):], images[index]
 
-# %% ../nbs/41_generate.ipynb #4c43cdb0
+# %% ../nbs/41_generate.ipynb #0593fdff
 def draw_batch(
     base, how,     # the Base; the Settings
     jobs,          # (prompt, seed) for each picture of the batch
@@ -161,9 +163,10 @@ def draw_batch(
     uncond = encode_text(base, how.negative) if guided else None
     model = denoiser(base, encode_text(base, [p for p, _ in jobs]), uncond, how.cfg_scale, how.rescale)
     start = None if images is None else encode_image(base, images)
-    latents = draw_latents(
-        model, pick_sampler(how.sampler), sigmas, [image_generator(s) for _, s in jobs], base.latent_shape,
-        start, base.device, how.eta, callback)
+    walk, seeds = pick_sampler(how.sampler), [image_generator(s) for _, s in jobs]
+    with arithmetic(base.device, pick_precision(how.precision, base.device)):
+        latents = draw_latents(model, walk, sigmas, seeds, base.latent_shape, start, base.device,
+                               how.eta, callback)
     return to_uint8(decode(base, latents)), pd.DataFrame(jobs, columns=['prompt', 'seed']).assign(
         sampler=how.sampler, spacing=how.spacing or pick_sampler(how.sampler).spacing, steps=how.steps,
         strength=1. if images is None else how.strength, cfg=float(how.cfg_scale), nfe=model.nfe,

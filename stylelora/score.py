@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['pick_evaluator', 'optional', 'Panel', 'make_panel', 'load_panel', 'usual_scores', 'rows_of', 'fit', 'score_pictures']
 
-# %% ../nbs/56_score.ipynb #73cf516c
+# %% ../nbs/56_score.ipynb #7f949a75
 from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
 from .core import assets, generator, pick_device
 from .grid import make_caption
-from .judge import Judge, embed_grid, judge_for, score
+from .judge import Judge, embed_grid, judge_for, remember, score
 from .metrics import (ClipScorer, Evaluator, as_images, content_similarity, psnr, resized, ssim,
                                style_similarity)
 from .paired import style_scores
@@ -38,7 +38,7 @@ def optional(
     try: return make()
     except (ImportError, FileNotFoundError) as e: print(f'left out: {str(e).splitlines()[0]}')
 
-# %% ../nbs/56_score.ipynb #a42dfc89
+# %% ../nbs/56_score.ipynb #cc853ace
 @dataclass
 class Panel:
     "Hold a judge and the other networks, with their embeddings of the true drawings."
@@ -52,17 +52,19 @@ def make_panel(
     judge,     # from `judge_for`, with training drawings
     clip=None, # ClipScorer, or None
     lite=None, # Lite0, or None
+    keep=None, # folder that keeps embeddings of true drawings, see `judge.remember`
 ) -> Panel:    # ready to score
     "Embed all true drawings with the other networks."
-    eyes = dict(clip=clip and clip.images, lite0=lite and (lambda x: embed_maps(x, lite)))
-    eyes = {name: f for name, f in eyes.items() if f}
-    look = lambda x: {name: f(x) for name, f in eyes.items()}
-    grids = embed_grid(judge.drawings, judge.present, look) if eyes else {}
+    eyes = dict(clip=(clip, clip and clip.images), lite0=(lite, lambda x: embed_maps(x, lite)))
+    def see(name): # what a network makes of all drawings
+        net, look = eyes[name]
+        return embed_grid(judge.drawings, judge.present, remember(lambda x: {name: look(x)}, net, keep))[name]
+    grids = {name: see(name) for name, (net, _) in eyes.items() if net}
     drawings, there, _ = judge.train
     own = drawings[there[:, judge.column], judge.column]
     return Panel(judge, clip, lite, grids, clip and clip.images(own))
 
-# %% ../nbs/56_score.ipynb #275e7c15
+# %% ../nbs/56_score.ipynb #267987bb
 def load_panel(
     vendor,       # the held-out vendor whose style is wanted
     split='test', # which concepts are scored
@@ -71,13 +73,15 @@ def load_panel(
     clip='embedded', # 'embedded', a folder of a CLIP model, or '' for none
     lite0=True,   # use EfficientNet-lite0 where it is installed
     device='auto', # where the networks run
+    keep=None,    # folder that keeps embeddings of true drawings, see `judge.remember`
 ) -> Panel:       # ready to score
     "Load every network and embed every true drawing of a split."
     device, folder = pick_device(device), None if clip == 'embedded' else clip
     net, lite = pick_evaluator(evaluator, device), optional(lambda: Lite0(device=device)) if lite0 else None
-    second = dict(lite0=lambda x: embed_maps(x, lite)) if lite else {}
-    judge = judge_for(vendor, split=split, n_train=n_train, evaluator=net, net=net, others=second)
-    return make_panel(judge, optional(lambda: ClipScorer(folder, device)) if clip else None, lite)
+    judge = judge_for(vendor, split=split, n_train=n_train, evaluator=net, net=net, keep=keep)
+    panel = make_panel(judge, optional(lambda: ClipScorer(folder, device)) if clip else None, lite, keep)
+    if lite: judge.others['lite0'] = lambda x: embed_maps(x, lite), panel.grids['lite0']
+    return panel
 
 # %% ../nbs/56_score.ipynb #4711d887
 def usual_scores(
