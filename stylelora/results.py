@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'UNTRAINED', 'UNDRAWN', 'RUN_COLUMNS', 'METRICS', 'check_rows', 'to_rows', 'short_floats', 'write_table',
-           'results_folder', 'append_results', 'load_results', 'run_row', 'append_runs', 'completed', 'collect',
-           'Metric', 'metric_of', 'interval_text', 'value', 'arrange', 'table', 'markdown']
+           'results_folder', 'append_results', 'load_results', 'rounded', 'run_row', 'append_runs', 'completed',
+           'collect', 'Metric', 'metric_of', 'interval_text', 'value', 'arrange', 'table', 'markdown']
 
 # %% ../nbs/61_results.ipynb #d726c584
 import difflib, io, json
@@ -61,7 +61,7 @@ def to_rows(
     long = wide.melt(id_vars=keys, value_vars=list(scores), var_name='metric', value_name='value')
     return check_rows(long.dropna(subset='value').astype(dict(value=float)))
 
-# %% ../nbs/61_results.ipynb #eb405558
+# %% ../nbs/61_results.ipynb #9dc462ee
 def short_floats(
     values, # numbers (n,)
     bits=11, # significant bits that are kept
@@ -73,10 +73,11 @@ def short_floats(
 def write_table(
     frame, # the table
     path,  # parquet file
+    short=('value',), # columns whose numbers are rounded, see `short_floats`
 ) -> Path: # the file
     "Write a table as parquet, atomically, small, and equal for equal content."
-    packed = ['value'] if 'value' in frame else []
-    if packed: frame = frame.assign(value=short_floats(frame.value))
+    packed = [c for c in short if c in frame]
+    frame = frame.assign(**{c: short_floats(frame[c]) for c in packed})
     frame.to_parquet(buffer := io.BytesIO(), index=False, compression='zstd', compression_level=19,
                      use_dictionary=[c for c in frame if c not in packed],
                      column_encoding={c: 'BYTE_STREAM_SPLIT' for c in packed} or None)
@@ -124,16 +125,26 @@ def load_results(
         if frame.empty: raise ValueError(f'no results with {column} in {wanted}; there are {seen[:12]}')
     return frame.reset_index(drop=True)
 
-# %% ../nbs/61_results.ipynb #1732fe7d
+# %% ../nbs/61_results.ipynb #9d8fa331
 RUN_COLUMNS = ('run_id experiment arm notebook label seconds peak_memory_mb device attempts started git '
                'git_changes code parameters seeds inputs versions').split()
 
+def rounded(
+    x,        # number, text, list or dictionary
+    digits=5, # significant digits
+):            # the same with shorter numbers
+    "Round all broken numbers in nested things."
+    if isinstance(x, float): return float(f'{x:.{digits}g}')
+    if isinstance(x, dict): return {k: rounded(v, digits) for k, v in x.items()}
+    return [rounded(v, digits) for v in x] if isinstance(x, (list, tuple)) else x
+
+# %% ../nbs/61_results.ipynb #f2be3472
 def run_row(
     manifest, # dictionary, from manifest.json
 ) -> dict:    # one row of runs.parquet
     "Flatten a manifest to one row; what has no column of its own goes to `facts`."
     flat = dict(manifest, run_id=manifest['id'])
-    facts = {k: v for k, v in flat.items() if k not in {*RUN_COLUMNS, 'id', 'status', 'files'}}
+    facts = {k: rounded(v) for k, v in flat.items() if k not in {*RUN_COLUMNS, 'id', 'status', 'files'}}
     text = lambda v: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v
     return {c: text(flat.get(c)) for c in RUN_COLUMNS} | dict(facts=text(facts))
 

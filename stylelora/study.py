@@ -6,7 +6,7 @@
 __all__ = ['store_history', 'store_pictures', 'pictured', 'drop_pictures', 'store_plan', 'drop_unplanned', 'gather', 'lighter',
            'show_notebook', 'reading_runs', 'publish', 'run_study']
 
-# %% ../nbs/63_study.ipynb #7dae22cf
+# %% ../nbs/63_study.ipynb #4e7abf33
 import base64, io, re, shutil
 from pathlib import Path
 import pandas as pd
@@ -15,10 +15,10 @@ from .core import hash_files, read_json, root, write_atomic, write_json
 from .params import Run, complete_parameters
 from .plots import fewer_colours
 from .plan import announce, known_runs, plan_runs, read_profile
-from .results import append_results, append_runs
+from .results import append_results, append_runs, write_table
 from .runs import is_complete, report, run_batch
 
-# %% ../nbs/63_study.ipynb #6e66589e
+# %% ../nbs/63_study.ipynb #221ca848
 def store_history(
     ids,     # identities of training runs whose folders are here
     runs,    # folder where the folders of runs are
@@ -28,12 +28,12 @@ def store_history(
     "Gather the training curves, one row per run and step."
     path = Path(results)/'history.parquet'
     new = [pd.read_parquet(Path(runs)/i/'history.parquet').assign(run_id=i) for i in ids]
+    new = [t.drop(columns='images_per_s', errors='ignore') for t in new]     # how fast is in the manifest
     old = pd.read_parquet(path) if path.exists() else pd.DataFrame(dict(run_id=[]))
     table = pd.concat([t for t in (old[~old.run_id.isin(ids)], *new) if len(t)] or [old])
     if not len(table): return
     table = table[table.run_id.isin(keep)].sort_values(['run_id', 'step'], ignore_index=True)
-    table.to_parquet(buffer := io.BytesIO(), index=False, compression='zstd')
-    write_atomic(path, buffer.getvalue())
+    write_table(table, path, table.select_dtypes('floating').columns)
 
 # %% ../nbs/63_study.ipynb #4c2beb0a
 def store_pictures(
@@ -82,15 +82,15 @@ def store_plan(
     write_json(path, plans)
     return {r['id'] for rows in plans.values() for r in rows}
 
-# %% ../nbs/63_study.ipynb #817aece4
+# %% ../nbs/63_study.ipynb #ac3a364b
 def drop_unplanned(
     path, # parquet file with a column run_id
     keep, # identities that belong to some plan
 ):
     "Drop the rows of runs that no profile knows any more."
     if not path.exists() or (table := pd.read_parquet(path)).run_id.isin(keep).all(): return
-    table[table.run_id.isin(keep)].to_parquet(buffer := io.BytesIO(), index=False, compression='zstd')
-    write_atomic(path, buffer.getvalue())
+    table = table[table.run_id.isin(keep)]
+    write_table(table, path, ('value',) if 'metric' in table else table.select_dtypes('float32').columns)
 
 def gather(
     profile, # from `read_profile`
