@@ -17,9 +17,9 @@ from .params import Loader, Run, complete_parameters, declared, expand, unknown
 from .results import completed
 from .runs import is_complete
 
-# %% ../nbs/62_plan.ipynb #ec335b89
+# %% ../nbs/62_plan.ipynb #73430994
 FIELDS = dict(experiment='', trainings='', shared='', arms=(), train={}, evaluate={}, also=(), mix=(),
-              read=(), parts=(), out='reports', trust=False, # keys of a profile and their defaults
+              read=(), parts=(), pictures=(), out='reports', trust=False, # keys of a profile, their defaults
               evaluator='nbs/experiments/evaluate.ipynb')
 
 def read_yaml(

@@ -49,15 +49,20 @@ def store_pictures(
             write_atomic(Path(results)/'pictures'/f'{i}-{name}.webp', raw.getvalue())
             shutil.copyfile(source.with_suffix('.json'), Path(results)/'pictures'/f'{i}-{name}.json')
 
-# %% ../nbs/63_study.ipynb #fbe39f6f
+# %% ../nbs/63_study.ipynb #2593d8b3
 def pictured(
     plan, # list of Run
+    conditions=(), # mappings of `arm` and parameters to a value or a list; a run must meet one of them
 ) -> set: # identities
     "Choose the runs whose pictures are kept: of each arm, those of its first training seed."
     seeds, first = {r.id: r.parameters.get('train_seed') for r in plan}, {}
     def seed_of(r): return seeds.get(r.parameters.get('adapter'), seeds[r.id])
     for r in plan: first.setdefault(r.arm, seed_of(r))
-    return {r.id for r in plan if seed_of(r) == first[r.arm]}
+    def fits(r, wanted):
+        known = r.parameters | dict(arm=r.arm)
+        return all(known.get(k) in (v if isinstance(v, list) else [v]) for k, v in wanted.items())
+    kept = [r for r in plan if not conditions or any(fits(r, c) for c in conditions)]
+    return {r.id for r in kept if seed_of(r) == first[r.arm]}
 
 def drop_pictures(
     results, # folder of results
@@ -82,7 +87,7 @@ def store_plan(
     write_json(path, plans)
     return {r['id'] for rows in plans.values() for r in rows}
 
-# %% ../nbs/63_study.ipynb #ac3a364b
+# %% ../nbs/63_study.ipynb #d430389b
 def drop_unplanned(
     path, # parquet file with a column run_id
     keep, # identities that belong to some plan
@@ -92,6 +97,7 @@ def drop_unplanned(
     table = table[table.run_id.isin(keep)]
     write_table(table, path, ('value',) if 'metric' in table else table.select_dtypes('float32').columns)
 
+# %% ../nbs/63_study.ipynb #1a4016fe
 def gather(
     profile, # from `read_profile`
     plan,    # list of Run
@@ -106,8 +112,9 @@ def gather(
     if here: append_runs([read_json(Path(runs)/i/'manifest.json') for i in here], results)
     for name in (profile['experiment'], 'runs'): drop_unplanned(Path(results)/f'{name}.parquet', keep)
     store_history([i for i in here if (Path(runs)/i/'history.parquet').exists()], runs, results, keep)
-    store_pictures([i for i in here if i in pictured(plan)], runs, results)
-    drop_pictures(results, keep - {r.id for r in plan} | pictured(plan))
+    wanted = pictured(plan, profile['pictures'])
+    store_pictures([i for i in here if i in wanted], runs, results)
+    drop_pictures(results, keep - {r.id for r in plan if r.notebook == profile['evaluator']} | wanted)
 
 # %% ../nbs/63_study.ipynb #08573e0a
 def lighter(
