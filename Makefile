@@ -1,9 +1,11 @@
 # stylelora: `make study` trains, measures and publishes; `make test` proves it. Every target makes what it needs.
-# Settings: PYTHON=python3.12  VENV=.venv  PROFILE=study|full  DEVICE=auto (of the pretraining)  WITH="size=128 …"
+# Settings: PYTHON=python3.12  VENV=.venv  PROFILE=study|full  JOBS=2 (runs at a time; 1 beside a GPU)  DEVICE=auto (of the pretraining)
+#           WITH="size=128 …" (of the pretraining)
 
 PYTHON  ?= python3
 VENV    ?= .venv
 PROFILE ?= study
+JOBS    ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || echo 2)
 DEVICE  ?= auto
 BIN     := $(abspath $(VENV))/bin
 READY   := $(VENV)/.installed
@@ -42,7 +44,7 @@ install: $(READY)
 
 study: $(READY)
 	@$(STEP) "study ($(PROFILE)): train, sample, measure, and build the site" \
-	  stylelora study --profile $(PROFILE)
+	  stylelora study --profile $(PROFILE) --jobs $(JOBS)
 
 smoke: $(READY)
 	@$(STEP) "smoke: the whole study at toy scale" stylelora study --profile smoke

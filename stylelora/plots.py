@@ -37,7 +37,7 @@ def colour(
     key = str(name).replace('-', '_')
     return known.get(key, mpl.colors.to_hex(mpl.colors.hsv_to_rgb((seed_of(key) % 360/360, .65, .75))))
 
-# %% ../nbs/01_plots.ipynb #3423c49c
+# %% ../nbs/01_plots.ipynb #713ca7ed
 def setup_style(
     scale=1., # factor on all font sizes
 ):
@@ -47,7 +47,7 @@ def setup_style(
         'font.size': 9*scale, 'axes.titlesize': 9*scale, 'legend.fontsize': 8*scale, 'legend.frameon': False,
         'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .6, 'axes.grid': True,
         'grid.color': '.92', 'axes.axisbelow': True, 'xtick.major.width': .6, 'ytick.major.width': .6,
-        'svg.hashsalt': 'stylelora', 'svg.fonttype': 'path'})
+        'svg.hashsalt': 'stylelora', 'svg.fonttype': 'none'})
 
 # %% ../nbs/01_plots.ipynb #9c35a82f
 def axes(
@@ -156,7 +156,7 @@ def reference(
     ax.annotate(name, color=colour(name), fontsize='small', **spot)
     return ax
 
-# %% ../nbs/01_plots.ipynb #7132229d
+# %% ../nbs/01_plots.ipynb #2749d80b
 def scatter_ci(
     x, y,  # estimates (n,) each
     names, # n names, which decide the colours
@@ -164,13 +164,15 @@ def scatter_ci(
     y_ci=None, # intervals of y (n,2)
     ax=None,   # axes, new if None
     marker='o', # matplotlib marker
+    beside=True, # write names beside the points; False leaves them to a legend
 ): # axes
     "Draw named points with their intervals."
     ax = axes(ax)
     reach = lambda v, ci, i: None if ci is None else np.abs(np.asarray(ci[i], float) - v[i])[:, None]
     for i, name in enumerate(names):
         ax.errorbar(x[i], y[i], xerr=reach(x, x_ci, i), yerr=reach(y, y_ci, i), fmt=marker, ms=5,
-                    color=colour(name), elinewidth=1, capsize=0)
+                    color=colour(name), elinewidth=1, capsize=0, label=name)
+        if not beside: continue
         ax.annotate(name, (x[i], y[i]), xytext=(5, 4), textcoords='offset points', fontsize='small',
                     color=colour(name))
     return ax
@@ -225,21 +227,21 @@ def fewer_colours(
     Image.open(io.BytesIO(png)).convert('RGB').quantize(256).save(out := io.BytesIO(), 'PNG', optimize=True)
     return out.getvalue()
 
-# %% ../nbs/01_plots.ipynb #3e6cf09f
+# %% ../nbs/01_plots.ipynb #2eb2e8ac
 def save_figure(
     fig,  # matplotlib figure
     path, # file; the suffix is set by kind
-    kind='lines', # 'lines' writes SVG, 'images' writes PNG within the budget
-    limit=200_000, # largest PNG in bytes
+    kind='lines', # 'lines' writes SVG, 'images' writes WebP within the budget
+    limit=110_000, # largest WebP in bytes
 ) -> Path: # the file written
-    "Save a figure: line drawings as SVG, pictures as a PNG that is small enough to commit."
+    "Save a figure: line drawings as SVG, pictures as a WebP that is small enough to commit."
     if kind not in ('lines', 'images'): raise ValueError(f"kind={kind!r}; use 'lines' or 'images'")
-    path, suffix = Path(path), dict(lines='.svg', images='.png')[kind]
+    path, suffix = Path(path), dict(lines='.svg', images='.webp')[kind]
     def draw(**options):
         fig.savefig(out := io.BytesIO(), bbox_inches='tight', format=suffix[1:], **options)
         return out.getvalue()
     if kind == 'lines': return write_atomic(path.with_suffix(suffix), draw(metadata={'Date': None}))
-    for dpi in (200, 160, 130, 100, 80, 60, 45):
-        raw = fewer_colours(draw(dpi=dpi), limit)
+    for dpi in (160, 130, 100, 80, 60, 45):
+        raw = draw(dpi=dpi, pil_kwargs=dict(quality=85, method=6))
         if len(raw) <= limit: return write_atomic(path.with_suffix(suffix), raw)
     raise ValueError(f'{path}: {len(raw)} bytes at {dpi} dpi is over {limit}; draw fewer or smaller pictures')

@@ -80,7 +80,7 @@ def test_equal_starts_make_the_shortcut_twice_as_strong(runs):
 
 
 def test_the_page_has_its_figures_and_says_what_is_missing(study, rows, runs):
-    for name in ("e5-dose.svg", "e5-path.svg", "e5-strip.png"): assert (study/"figures"/name).stat().st_size
+    for name in ("e5-dose.svg", "e5-path.svg", "e5-strip.webp"): assert (study/"figures"/name).stat().st_size
     assert (study/"runs"/"E5"/"E5_blending.ipynb").exists()
     said = read_json(study/"results"/"e5_blending.json")
     assert (said["vendor"], said["other"], said["verdict"]) == ("ink", "openmoji", "not tested")

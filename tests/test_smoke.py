@@ -15,7 +15,7 @@ from stylelora.results import SCHEMA
 from stylelora.runs import is_complete
 from stylelora.study import read_profile, plan_runs, run_study
 
-FIGURES = "scatter.svg density.svg curves.svg samples.png progression.png".split()
+FIGURES = "scatter.svg density.svg curves.svg contrasts.svg samples.webp progression.webp".split()
 
 
 def trained(out):  # the folder of the one training run
@@ -61,7 +61,7 @@ def test_sampler_study_and_sweep_use_the_same_adapter(study):
     assert set(outcomes.status) <= {"done", "skipped"}, outcomes.to_string()
     plans = [plan_runs(read_profile(f"smoke_{e}")) for e in ("E2", "E3")]
     assert {trained(study).name} == {r.id for p in plans for r in p if Path(r.notebook).stem == "train"}
-    names = "e2-cost.svg e2-strip.png e2-matrix.png e2-pareto.svg e3-adapter_scale.svg e3-adapter_scale.png".split()
+    names = "e2-cost.svg e2-strip.webp e2-matrix.webp e2-interaction.svg e2-pareto.svg e3-adapter_scale.svg e3-adapter_scale.webp".split()
     assert not [f for f in names if not (study/"figures"/f).stat().st_size]
 
 
