@@ -116,10 +116,10 @@ def gather(
     store_pictures([i for i in here if i in wanted], runs, results)
     drop_pictures(results, keep - {r.id for r in plan if r.notebook == profile['evaluator']} | wanted)
 
-# %% ../nbs/63_study.ipynb #08573e0a
+# %% ../nbs/63_study.ipynb #7485665b
 def lighter(
     png, # base64 text of a PNG
-    limit=80_000, # characters that are allowed
+    limit=45_000, # characters that are allowed
 ) -> str: # the same picture with a palette, and smaller if it must be
     "Reduce a picture to a palette, which shrinks grids of drawings to a third; then its size."
     page, side = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB'), 1.
