@@ -6,8 +6,8 @@
 __all__ = ['PALETTE', 'VENDOR_PALETTE', 'colour', 'setup_style', 'axes', 'to_rgb', 'canvas', 'image_grid', 'curve', 'band',
            'reference', 'scatter_ci', 'forest', 'radar', 'fewer_colours', 'save_figure']
 
-# %% ../nbs/01_plots.ipynb #9e2c918e
-import io
+# %% ../nbs/01_plots.ipynb #e57a0841
+import io, re
 from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -227,7 +227,7 @@ def fewer_colours(
     Image.open(io.BytesIO(png)).convert('RGB').quantize(256).save(out := io.BytesIO(), 'PNG', optimize=True)
     return out.getvalue()
 
-# %% ../nbs/01_plots.ipynb #2eb2e8ac
+# %% ../nbs/01_plots.ipynb #a4751855
 def save_figure(
     fig,  # matplotlib figure
     path, # file; the suffix is set by kind
@@ -240,7 +240,10 @@ def save_figure(
     def draw(**options):
         fig.savefig(out := io.BytesIO(), bbox_inches='tight', format=suffix[1:], **options)
         return out.getvalue()
-    if kind == 'lines': return write_atomic(path.with_suffix(suffix), draw(metadata={'Date': None}))
+    if kind == 'lines':
+        less = lambda tag: re.sub(rb'(\d\.\d\d)\d+', rb'\1', tag[0])        # a hundredth of a point is enough
+        short = re.sub(rb'<[^>]*>', less, draw(metadata={'Date': None}))     # in tags; texts stay as they are
+        return write_atomic(path.with_suffix(suffix), short)
     for dpi in (160, 130, 100, 80, 60, 45):
         raw = draw(dpi=dpi, pil_kwargs=dict(quality=85, method=6))
         if len(raw) <= limit: return write_atomic(path.with_suffix(suffix), raw)

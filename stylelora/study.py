@@ -35,7 +35,7 @@ def store_history(
     table = table[table.run_id.isin(keep)].sort_values(['run_id', 'step'], ignore_index=True)
     write_table(table, path, table.select_dtypes('floating').columns)
 
-# %% ../nbs/63_study.ipynb #4c2beb0a
+# %% ../nbs/63_study.ipynb #a999542f
 def store_pictures(
     ids,     # identities of runs whose folders are here
     runs,    # folder where the folders of runs are
@@ -45,7 +45,7 @@ def store_pictures(
     for i in ids:
         for name in ('sheet', 'progress'):
             if not (source := Path(runs)/i/f'{name}.png').exists(): continue
-            Image.open(source).convert('RGB').save(raw := io.BytesIO(), 'WEBP', quality=88, method=6)
+            Image.open(source).convert('RGB').save(raw := io.BytesIO(), 'WEBP', quality=75, method=6)
             write_atomic(Path(results)/'pictures'/f'{i}-{name}.webp', raw.getvalue())
             shutil.copyfile(source.with_suffix('.json'), Path(results)/'pictures'/f'{i}-{name}.json')
 
@@ -116,10 +116,10 @@ def gather(
     store_pictures([i for i in here if i in wanted], runs, results)
     drop_pictures(results, keep - {r.id for r in plan if r.notebook == profile['evaluator']} | wanted)
 
-# %% ../nbs/63_study.ipynb #7485665b
+# %% ../nbs/63_study.ipynb #1f498912
 def lighter(
     png, # base64 text of a PNG
-    limit=45_000, # characters that are allowed
+    limit=18_000, # characters that are allowed
 ) -> str: # the same picture with a palette, and smaller if it must be
     "Reduce a picture to a palette, which shrinks grids of drawings to a third; then its size."
     page, side = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB'), 1.
@@ -130,7 +130,7 @@ def lighter(
         side *= .85
     return small if len(small) < len(png) else png
 
-# %% ../nbs/63_study.ipynb #0f187aad
+# %% ../nbs/63_study.ipynb #0e38f890
 def show_notebook(
     source, # executed notebook
     target, # where the page goes
@@ -152,6 +152,7 @@ def show_notebook(
             cell['outputs'] = [o for o in cell['outputs'] if wanted(o)]
             for d in (o.get('data', {}) for o in cell['outputs']):
                 if 'image/png' in d: d['image/png'] = lighter(''.join(d['image/png']))
+                if 'text/html' in d: d.pop('text/plain', None)                 # the same table again
             cell['execution_count'] = None
     write_json(target, nb)
 
@@ -172,7 +173,7 @@ def reading_runs(
         return Run(notebook, profile['experiment'], more.get('knob', Path(notebook).stem), given, inputs)
     return [run(**r) if isinstance(r, dict) else run(r) for r in profile['read']]
 
-# %% ../nbs/63_study.ipynb #de00a6a7
+# %% ../nbs/63_study.ipynb #febd63d9
 def publish(
     profile, # from `read_profile`
     plan,    # list of Run, with the reading ones
@@ -189,7 +190,8 @@ def publish(
         name = '-'.join(dict.fromkeys([Path(r.notebook).stem, r.arm]))
         if r.arm in trained[1:]: continue                           # the same notebook with other parameters
         if shown.setdefault(name, r.id) == r.id:                    # of several seeds, the first
-            show_notebook(folder/'notebook.ipynb', out/'runs'/profile['experiment']/f'{name}.ipynb', r.arm)
+            arm = '' if r.arm == Path(r.notebook).stem else r.arm                    # a reader is no arm
+            show_notebook(folder/'notebook.ipynb', out/'runs'/profile['experiment']/f'{name}.ipynb', arm)
 
 # %% ../nbs/63_study.ipynb #b1ea8c55
 def run_study(

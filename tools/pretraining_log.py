@@ -49,7 +49,7 @@ def attempt(words, book):
     number = len(tried) + 1
     tried.append(dict(attempt=number, images=unet["images"], minutes=unet["minutes"], loss_left_out=fixed.get("val"),
                       loss_seen=fixed.get("train"), **{k: g["value"] for k, g in gates.items()}, what=words))
-    source = next(FIGURES/f for f in ("base-test-prompts.png", "base-left-out.png") if (FIGURES/f).exists())
+    source = next(FIGURES/f for f in ("base-test-prompts.webp", "base-left-out.webp") if (FIGURES/f).exists())
     page = Image.open(source).convert("RGB")
     page = page.resize((min(page.width, 512), page.height*min(page.width, 512)//page.width), Image.LANCZOS)
     page.quantize(48).save(FIGURES/f"base-attempt-{number}.png", optimize=True)      # a memory, not the exhibit
