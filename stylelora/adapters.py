@@ -5,20 +5,25 @@
 # %% auto #0
 __all__ = ['Adapters']
 
-# %% ../nbs/16_adapters.ipynb #ee657c2c
+# %% ../nbs/16_adapters.ipynb #012e79ad
 from pathlib import Path
+from types import SimpleNamespace
+from torch import nn
 from .blend import blend
-from .files import read_lora
-from .lora import load_state, lora_layers, remove
+from .formats import load_parts, read_adapter
+from .lora import lora_layers, remove
+from .spellings import TEXT
 
-# %% ../nbs/16_adapters.ipynb #a42f9432
+# %% ../nbs/16_adapters.ipynb #f623310d
 class _Mixture:
     def __init__(self,
-        model, # nn.Module without adapters
+        model, # U-Net without adapters, or what has it as `unet` beside its text encoders, such as a Base
     ):
-        if there := lora_layers(model): raise ValueError(
-            f'the model already carries {len(there)} adapters of its own; call remove(model) first')
         self.model, self.states, self.active, self.enabled = model, {}, {}, True
+        self.owner = SimpleNamespace(unet=model) if isinstance(model, nn.Module) else model
+        self.nets = [n for p in ('unet', *TEXT) if (n := getattr(self.owner, p, None)) is not None]
+        if there := sum(len(lora_layers(net)) for net in self.nets): raise ValueError(
+            f'the model already carries {there} adapters of its own; call remove(model) first')
 
     def state(self):
         "Return the mixture that is switched on, layer name -> {'A','B','alpha'}; {} if there is none."
@@ -26,22 +31,25 @@ class _Mixture:
 
     def show(self, state): # layer name -> {'A','B','alpha'}; {} for the bare model
         "Put one adapter into the model, in place of what is there."
-        remove(self.model)
-        if state: load_state(self.model, state)
+        for net in self.nets: remove(net)
+        if state: load_parts(self.owner, state)
         self.enable(self.enabled)
 
     def enable(self, on=True): # False switches all adapters off
         "Switch the mixture on or off; the weights stay."
         self.enabled = bool(on)
-        for m in lora_layers(self.model).values(): m.enabled = self.enabled
+        for net in self.nets:
+            for m in lora_layers(net).values(): m.enabled = self.enabled
 
-# %% ../nbs/16_adapters.ipynb #15dbf891
+# %% ../nbs/16_adapters.ipynb #20571e5a
 class _Shelf(_Mixture):
     def add(self, name, state): # a new name; layer name -> {'A','B','alpha'}, or a file or its folder
         "Keep an adapter; it stays off until `set_adapters` names it."
         if name in self.states:
             raise ValueError(f'adapter {name!r} is there already; take another name, or remove it first')
-        if isinstance(state, (str, Path)): state = read_lora(state)[0]
+        config = getattr(self.owner.unet, 'config', None)         # its blocks decide kohya's names for SDXL
+        if isinstance(state, (str, Path)):
+            state = read_adapter(state, getattr(config, 'layers_per_block', 2)).state
         if not state: raise ValueError(f'adapter {name!r} has no layers')
         try: self.show(state)
         except ValueError as e: raise ValueError(f'adapter {name!r}: {e}') from None

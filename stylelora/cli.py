@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'SAMPLE', 'TRAIN', 'STUDY', 'REPORT', 'ABOUT', 'TEXTS', 'EXPECTED', 'Parser', 'add_options', 'picture',
-           'write_grid', 'run_sample', 'config_of', 'load_pictures', 'run_train', 'start_study', 'build', 'make_parser',
-           'main']
+           'write_grid', 'settings_of', 'run_sample', 'config_of', 'load_pictures', 'run_train', 'start_study', 'build',
+           'make_parser', 'main']
 
 # %% ../nbs/69_cli.ipynb #0e3a2c2e
 import argparse, ast, io, re, sys
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
         print(f'{self.prog}: {message} (see {self.prog} --help)', file=sys.stderr)
         raise SystemExit(2)
 
-# %% ../nbs/69_cli.ipynb #551d365f
+# %% ../nbs/69_cli.ipynb #e1191015
 def add_options(
     parser, # of a command
     table,  # a line per option: 'name default-or-word  help'
@@ -36,12 +36,12 @@ def add_options(
             how |= dict(default=value, type=type(value))
             if value != '': how['help'] += f' (default: {value})'
         elif rest.endswith('...'): how |= dict(metavar=rest[:-3], action='append', default=[])
-        elif rest: how |= dict(metavar=rest)
+        elif rest: how |= dict(metavar=rest, type=float if rest == 'NUMBER' else str)
         elif name.startswith('--'): how |= dict(action='store_true')
         elif name.endswith('+'): how |= dict(nargs='+')
         parser.add_argument(name.rstrip('+'), **how)
 
-# %% ../nbs/69_cli.ipynb #5060e8d9
+# %% ../nbs/69_cli.ipynb #bb057344
 MODEL = """
 --base ='embedded'  the model: embedded, tiny (random), a diffusers folder, a .safetensors file or a hub id
 --device ='auto'    auto, cpu, cuda or mps"""
@@ -51,25 +51,28 @@ prompt+            what to draw; several prompts make several rows
 --scale =1.        strength of the adapter
 --seed =0          first seed
 --n =4             pictures per prompt, one seed each
---sampler ='ddim'  ddim, euler, euler_ancestral, dpmpp_2m, dpmpp_sde …
+--sampler ='ddim'  ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc …
 --steps =50        steps of the sampler
+--spacing WORD     which noise levels: leading, trailing, linspace, dpm, karras or exponential
+--eta NUMBER       fresh noise, from 0 (none) to 1, of ddim, euler_ancestral and the SDE samplers
 --cfg =7.5         guidance scale, 1 for none
---negative =''     prompt to be guided away from
+--rescale =0.      how much of the contrast that guidance adds is taken back: 0 nothing, 1 all
+--negative =''     prompt to be guided away from, at a guidance scale above 1
+--precision ='float32'  arithmetic of the network: float32, bfloat16, float16, or auto for the machine's best
 --image FILE       start from this picture instead of noise
---strength =.7     share of the steps to walk from it
+--strength =.7     share of the steps to walk from it: little keeps the picture, 1 forgets it
 --batch =16        pictures drawn at a time
 --zoom =1          enlarge every pixel so many times
 --out ='grid.png'  where the picture goes""" + MODEL
 
-# %% ../nbs/69_cli.ipynb #ab99c138
+# %% ../nbs/69_cli.ipynb #de77fc13
 def picture(
     path, # picture file
-    size, # side in pixels that the model works at
-):        # bytes (size,size,3)
-    "Read a picture to start from: the centre square, scaled with Lanczos' filter."
-    from stylelora.data import open_image, square
+): # picture of Pillow
+    "Read a picture to start from."
+    from stylelora.data import open_image
     if not Path(path).is_file(): raise FileNotFoundError(f'--image {path}: no such file; give a picture')
-    return square(open_image(path)[0], size).copy()   # of its own memory, as torch wants it
+    return open_image(path)[0]
 
 def write_grid(
     images, # bytes (n*m,h,w,3), row by row
@@ -86,20 +89,38 @@ def write_grid(
     Image.fromarray(page.repeat(zoom, 0).repeat(zoom, 1)).save(raw := io.BytesIO(), kind)
     return write_atomic(path, raw.getvalue())
 
-# %% ../nbs/69_cli.ipynb #2d747c23
+# %% ../nbs/69_cli.ipynb #41de85d9
+def settings_of(
+    a, # parsed options of `sample`
+):     # Settings
+    "Collect the settings of a drawing, and check them."
+    from stylelora.generate import Settings, kept_steps
+    if min(a.n, a.zoom, a.batch) < 1:
+        raise ValueError(f'--n {a.n} --zoom {a.zoom} --batch {a.batch}: use whole numbers above zero')
+    for k, v in dict(eta=a.eta, rescale=a.rescale).items():
+        if not 0 <= (v or 0) <= 1: raise ValueError(f'{k}={v!r}; use a share from 0 to 1')
+    how = Settings(a.sampler, a.steps, a.cfg, a.negative, a.rescale, a.spacing, a.eta, a.strength,
+                   a.precision)
+    if a.image: kept_steps(how.steps, how.strength)
+    return how
+
+# %% ../nbs/69_cli.ipynb #27140b78
 def run_sample(
     a, # parsed options
 ):
     "Draw prompts × seeds and write them as one picture."
+    from stylelora.adapter_files import files_of
+    from stylelora.data import square
     from stylelora.formats import load_adapter
     from stylelora.generate import generate
     from stylelora.models import load_base
-    if a.n < 1 or a.zoom < 1: raise ValueError(f'--n {a.n} --zoom {a.zoom}: use whole numbers above zero')
+    how, image = settings_of(a), picture(a.image) if a.image else None
+    if a.lora: files_of(a.lora)                              # is it there at all?
     base = load_base(a.base, a.device)
     if a.lora: load_adapter(base, a.lora, a.scale)
-    start = dict(images=picture(a.image, base.size), strength=a.strength) if a.image else {}
+    start = square(image, base.size).copy() if image else None   # of its own memory, as torch wants it
     seeds = range(a.seed, a.seed + a.n)
-    made = generate(base, a.prompt, seeds, a.sampler, a.steps, a.cfg, a.negative, a.batch, **start)
+    made = generate(base, a.prompt, seeds, batch=a.batch, images=start, **vars(how))
     write_grid(made.images, a.n, a.out, a.zoom)
     cost, calls = made.table.seconds.mean(), made.table.nfe.iloc[0]
     print(f'{len(made)} pictures in {a.out}: {cost:.2f} s and {calls} network evaluations each')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['list_jobs', 'image_generator', 'draw_latents', 'as_images', 'kept_steps', 'Images', 'Settings', 'plan_walk',
-           'draw_batch', 'generate']
+           'draw_batch', 'pair_negatives', 'generate']
 
 # %% ../nbs/41_generate.ipynb #f8e29585
 import io, time
@@ -108,14 +108,14 @@ class Images:
         write_json(f'{folder}/images.json', self.table.assign(file=names).to_dict('records'))
         return names
 
-# %% ../nbs/41_generate.ipynb #8162691d
+# %% ../nbs/41_generate.ipynb #7c6e35a8
 @dataclass(frozen=True)
 class Settings:
     "Say how pictures are drawn; checked when made."
     sampler:str = 'ddim'     # a name out of SAMPLERS
     steps:int = 50           # number of steps, before `strength`
     cfg_scale:float = 7.5    # guidance scale; 1 skips the unconditional pass
-    negative:str = ''        # prompt to be guided away from
+    negative:object = ''     # prompt to be guided away from, or a tuple with one for each prompt
     rescale:float = 0.       # guidance rescale in [0,1]
     spacing:str = None       # noise levels; None is the sampler's custom
     eta:float = None         # share of fresh noise in [0,1]; None is the sampler's custom
@@ -126,7 +126,7 @@ class Settings:
         if self.eta is not None and 'eta' not in signature(pick_sampler(self.sampler).run).parameters:
             raise ValueError(f'eta={self.eta!r}: sampler {self.sampler!r} draws no fresh noise; leave it out')
         if self.cfg_scale < 0: raise ValueError(f'cfg_scale={self.cfg_scale!r}; use 1 (none) or more')
-        if self.negative and self.cfg_scale == 1:
+        if self.cfg_scale == 1 and self.negative and any(self.negative):
             raise ValueError(f'negative={self.negative!r} has no effect at cfg_scale=1; use a scale above 1')
         pick_precision(self.precision); self.sigmas(as_schedule('scaled_linear'))
 
@@ -150,17 +150,19 @@ def plan_walk(
     index = {1: [0]*n, len(prompts): [prompts.index(p) for p, _ in jobs], n: list(range(n))}[len(images)]
     return sigmas[how.steps - kept_steps(how.steps, how.strength):], images[index]
 
-# %% ../nbs/41_generate.ipynb #0593fdff
+# %% ../nbs/41_generate.ipynb #088dcd19
 def draw_batch(
     base, how,     # the Base; the Settings
     jobs,          # (prompt, seed) for each picture of the batch
     sigmas,        # noise levels to walk (k+1,)
     images=None,   # pictures to start from (b,3,h,w), or None
     callback=None, # see `sample.ask`
+    negatives=None, # a negative prompt for each picture; None takes that of the settings for all
 ) -> tuple:        # bytes (b,h,w,3), and a table with a row per picture
     "Draw one batch of pictures and write down what it cost."
     began, guided = time.perf_counter(), how.cfg_scale != 1
-    uncond = encode_text(base, how.negative) if guided else None
+    away = [how.negative] if negatives is None else negatives
+    uncond = encode_text(base, away if len(set(away)) > 1 else away[:1]) if guided else None
     model = denoiser(base, encode_text(base, [p for p, _ in jobs]), uncond, how.cfg_scale, how.rescale)
     start = None if images is None else encode_image(base, images)
     walk, seeds = pick_sampler(how.sampler), [image_generator(s) for _, s in jobs]
@@ -188,11 +190,25 @@ def _reporter(base, n, batch, bar, callback):
         callback(dict(d, n=n, batch=batch, preview=lambda: to_uint8(decode(base, d['x0_hat']))))
     return report
 
-# %% ../nbs/41_generate.ipynb #5b926541
+# %% ../nbs/41_generate.ipynb #e06d011b
+def pair_negatives(
+    prompts,  # a text or n texts
+    negative, # a text for all, or n texts
+) -> list:    # n pairs (prompt, negative prompt)
+    "Give each prompt its negative prompt."
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [negative]*len(prompts) if isinstance(negative, str) else list(negative)
+    if len(texts) != len(prompts): raise ValueError(
+        f'{len(texts)} negative prompts for {len(prompts)} prompts; pass one text for all, or one each')
+    if bad := [t for t in texts if not isinstance(t, str)]:
+        raise ValueError(f'negative={bad[0]!r} is not a text')
+    return list(zip(prompts, texts))
+
+# %% ../nbs/41_generate.ipynb #c414e3a0
 def generate(
     base:Base, prompts, seeds=0, # the model, with or without adapters; a text or n texts; see `list_jobs`
     sampler='ddim', steps=50,    # a name out of SAMPLERS; number of steps
-    cfg_scale=7.5, negative='',  # guidance scale, 1 for none; prompt to be guided away from
+    cfg_scale=7.5, negative='',  # guidance scale, 1 for none; what to be guided away from, a text or n texts
     batch=16,        # pictures at a time
     *, images=None,  # pictures to start from, see `as_images`
     progress=True,   # show a progress bar
@@ -201,11 +217,14 @@ def generate(
 ) -> Images:         # pictures prompt by prompt, seed by seed
     "Draw a picture for every prompt and seed."
     if batch < 1: raise ValueError(f'batch={batch}; draw at least one picture at a time')
-    how, jobs = Settings(sampler, steps, cfg_scale, negative, **more), list_jobs(prompts, seeds)
+    pairs = pair_negatives(prompts, negative); listed = list_jobs(pairs, seeds)
+    shown = negative if isinstance(negative, str) else tuple(n for _, n in pairs)
+    how = Settings(sampler, steps, cfg_scale, shown, **more)
+    jobs, away = [(p, s) for (p, _), s in listed], [n for (_, n), _ in listed]
     sigmas, start = plan_walk(base, how, jobs, images)
     n, k = len(jobs), len(sigmas) - 1
     spans = [slice(i, min(i + batch, n)) for i in range(0, n, batch)]
     with _evaluating(base.unet), tqdm(total=k*len(spans), unit='step', disable=not progress) as bar:
         parts = [draw_batch(base, how, jobs[b], sigmas, None if start is None else start[b],
-                            _reporter(base, k, range(n)[b], bar, callback)) for b in spans]
+                            _reporter(base, k, range(n)[b], bar, callback), away[b]) for b in spans]
     return Images(np.concatenate([p for p, _ in parts]), pd.concat([t for _, t in parts], ignore_index=True))

@@ -13,9 +13,11 @@ from pathlib import Path
 import pandas as pd
 import yaml
 from .core import assets, hash_files, human_time, root
+from .cost import cost_lines
 from .params import Loader, Run, complete_parameters, declared, expand, unknown
 from .results import completed
 from .runs import is_complete
+from .sources import source_files
 
 # %% ../nbs/62_plan.ipynb #73430994
 FIELDS = dict(experiment='', trainings='', shared='', arms=(), train={}, evaluate={}, also=(), mix=(),
@@ -64,8 +66,8 @@ def inputs_of(
     embedded = dict(base='base', evaluator='evaluator', clip='scorer_clip')
     named = {k: assets()/f if parameters.get(k) == 'embedded' else root()/str(parameters[k])
              for k, f in embedded.items() if parameters.get(k)}
-    drawings = [assets()/f for f in ('grid', 'grid-cc-by-sa')] if 'vendor' in parameters else []
-    return {k: fingerprint(p) for k, p in (named | {p.name: p for p in drawings}).items()}
+    pictures = source_files(parameters['vendor']) if 'vendor' in parameters else {}
+    return {k: fingerprint(p) for k, p in (named | pictures).items()}
 
 # %% ../nbs/62_plan.ipynb #02e829b2
 def make_runs(
@@ -165,10 +167,12 @@ def announce(
     "Say what a study is going to do."
     lines = [f'profile {profile["name"]}: {len(plan)} runs, {len(plan) - len(todo)} of them complete']
     path = Path(results)/'runs.parquet'
-    if path.exists():
+    large = any(r.parameters.get('base', 'embedded') != 'embedded' for r in plan)
+    if path.exists() and not large:
         usual = pd.read_parquet(path).groupby('notebook').seconds.median()
         seconds = sum(usual.get(r.notebook, usual.median()) for r in todo)
         lines[0] += f', about {human_time(seconds)} to go' if seconds == seconds and todo else ''
     names = [f'{Path(r.notebook).stem} {r.arm}' for r in todo]
     groups = pd.Series(names, dtype=object).value_counts(sort=False)
-    return '\n'.join([*lines, *(f'  {n} × {name}' for name, n in groups.items())])
+    lines += [f'  {n} × {name}' for name, n in groups.items()]
+    return '\n'.join(lines + (cost_lines(todo) if large and todo else []))

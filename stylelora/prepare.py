@@ -6,7 +6,7 @@
 __all__ = ['LANDMARK', 'SIDES', 'ODD', 'load_kohya', 'join_columns', 'write_captions', 'mirror', 'picture_hash', 'hash_distance',
            'odd_caption', 'survey', 'contact_sheet', 'load_blip', 'blip_captions']
 
-# %% ../nbs/24_prepare.ipynb #1814470b
+# %% ../nbs/24_prepare.ipynb #c0ac0f2d
 import contextlib, re
 from pathlib import Path
 import numpy as np
@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from scipy.fft import dctn
+from .base import quiet
 from .core import generator, write_atomic
 from .data import (
     Pictures, fields_of, fill, list_images, open_image, read_captions, read_text, square)
-from .models import _quiet
 from .plots import image_grid
 
 # %% ../nbs/24_prepare.ipynb #9279cfe2
@@ -171,7 +171,7 @@ def contact_sheet(
     ax.set_title(f'{len(table)} pictures, {(table.problems != "").sum()} to look at')
     return ax
 
-# %% ../nbs/24_prepare.ipynb #6edf762d
+# %% ../nbs/24_prepare.ipynb #609bdc00
 def load_blip(
     name='Salesforce/blip-image-captioning-large', # hub id, or a folder with the model
     download=False, # True may fetch it
@@ -181,7 +181,7 @@ def load_blip(
     from transformers import BlipForConditionalGeneration, BlipProcessor
     local = dict(local_files_only=not download)
     try:
-        with contextlib.nullcontext() if download else _quiet():
+        with contextlib.nullcontext() if download else quiet():
             model, info = BlipForConditionalGeneration.from_pretrained(
                 name, use_safetensors=True, output_loading_info=True, **local)
         if lost := sorted(info['missing_keys']): raise ValueError(f'its file lacks {lost[0]}')

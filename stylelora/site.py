@@ -84,12 +84,12 @@ def code_page(
         keep.append(f'#| fig-alt: {json.dumps(alt_text(prose), ensure_ascii=False)}')
     return {**cell, 'source': '\n'.join([*keep, code]), 'outputs': outputs}
 
-# %% ../nbs/66_site.ipynb #a6bdeb34
+# %% ../nbs/66_site.ipynb #1f5f47bf
 def front_of(
     text, mark='', # the first Markdown cell of a notebook; what tells it from others of that title
 ) -> tuple: # front matter as YAML, and the rest of the cell
     "Turn the head of a notebook into front matter."
-    m = re.match(r'\s*# ([^\n]+)\n+(?:> ([^\n]+)\n*)?', text + '\n')
+    m = re.match(rf'\s*# ([^\n]+?)(?: \({re.escape(mark)}\))?\n+(?:> ([^\n]+)\n*)?', text + '\n')
     if not m: raise ValueError(f'a notebook starts with "# Title", not with {text[:40]!r}')
     plain = [re.sub(r'[`*]', '', t or '') for t in (m[1] + f' ({mark})'*bool(mark), m[2])]
     lines = [f'{k}: {json.dumps(t, ensure_ascii=False)}' for k, t in zip(('title', 'subtitle'), plain) if t]

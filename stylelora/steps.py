@@ -7,12 +7,12 @@ __all__ = ['RANGES', 'CHOICES', 'LEVELS', 'AdapterConfig', 'TrainConfig', 'check
            'draw_step', 'step_loss', 'fixed_loss', 'evaluate', 'Average', 'arithmetic', 'repeatable', 'check_pair',
            'check_training']
 
-# %% ../nbs/30_steps.ipynb #93d31e2d
+# %% ../nbs/30_steps.ipynb #37014f2d
 import difflib, math
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 import torch
-from .base import Base
+from .base import Base, ask_unet, check_context
 from .core import generator, pick_dtype, randn_each
 from .lora import find_targets, lora_layers
 from .objective import Objective, diffusion_loss, sample_t, training_target
@@ -138,7 +138,7 @@ def draw_step(
                 sample_t(probs, b, dice['timestep'], config.stratified),
                 torch.rand(b, generator=dice['caption']) < config.caption_dropout)
 
-# %% ../nbs/30_steps.ipynb #cd8c82ff
+# %% ../nbs/30_steps.ipynb #ddd8733c
 def step_loss(
     base:Base,   # whose U-Net is asked
     x0,          # clean latents (b,c,h,w), on the base's device
@@ -150,7 +150,7 @@ def step_loss(
     "Compute the training loss of each picture."
     xt = add_noise(x0, eps, t, objective.schedule)
     told = objective.t_model[t].to(x0.device, torch.float32)
-    pred = base.unet(xt.to(base.dtype), told, encoder_hidden_states=ctx.to(base.dtype)).sample
+    pred = ask_unet(base, xt.to(base.dtype), told, ctx.to(base.dtype))
     return diffusion_loss(pred, training_target(x0, eps, t, objective), t, objective)
 
 # %% ../nbs/30_steps.ipynb #ef43d58b
@@ -232,7 +232,7 @@ def repeatable():
         cudnn.deterministic, cudnn.benchmark = flags
         torch.use_deterministic_algorithms(before)
 
-# %% ../nbs/30_steps.ipynb #91501989
+# %% ../nbs/30_steps.ipynb #1eb11032
 def check_pair(
     base:Base, # the model
     latents,   # clean latents (n,c,h,w)
@@ -240,11 +240,12 @@ def check_pair(
     name='training', # what to call them in a message
 ):
     "Refuse latents and text embeddings that do not fit the base or each other."
-    c, d = base.latent_shape[0], base.unet.config.cross_attention_dim
+    c = base.latent_shape[0]
     if latents.ndim != 4 or latents.shape[1] != c or not len(latents): raise ValueError(
         f'{name} latents have shape {tuple(latents.shape)}; base {base.name!r} needs (n,{c},h,w) with n >= 1')
-    if contexts.ndim != 3 or contexts.shape[-1] != d or len(contexts) != len(latents): raise ValueError(
-        f'{name} contexts have shape {tuple(contexts.shape)}, not ({len(latents)},L,{d}): one per latent')
+    check_context(base, contexts, f'{name} contexts')
+    if len(contexts) != len(latents): raise ValueError(
+        f'{name} contexts have shape {tuple(contexts.shape)}, not ({len(latents)},L,d): one per latent')
     if not (torch.isfinite(latents).all() and torch.isfinite(contexts).all()):
         raise ValueError(f'{name} data hold nan or infinity; compute the latents again, in float32')
 

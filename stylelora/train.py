@@ -6,14 +6,14 @@
 __all__ = ['CHECKPOINT', 'advance', 'stoppable', 'after_step', 'report', 'loop', 'plain_objective', 'begin', 'finish', 'train',
            'TrainConfig', 'make_config']
 
-# %% ../nbs/32_train.ipynb #60927829
+# %% ../nbs/32_train.ipynb #62abdeac
 import math, signal, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 import pandas as pd
 import torch
 from tqdm import tqdm
-from .base import Base, encode_text
+from .base import Base, encode_text, same_sizes
 from .core import seed_of, write_atomic
 from .files import save_lora
 from .lora import lora_layers
@@ -25,7 +25,7 @@ from .steps import (TrainConfig, arithmetic, check_training, draw_step, evaluate
                              repeatable, step_loss)
 _all_ = ['TrainConfig', 'make_config']
 
-# %% ../nbs/32_train.ipynb #e9c0569a
+# %% ../nbs/32_train.ipynb #c1fa2e00
 def advance(
     run:Run,   # changed in place
     latents,   # clean latents (n,c,h,w), on the base's device
@@ -36,8 +36,8 @@ def advance(
     "Do one optimizer step."
     config, device = run.config, latents.device
     d = draw_step(run.step, len(latents), latents.shape[1:], objective.probs, config)
-    x0, eps = latents[d.index.to(device)], d.eps.to(device)
-    ctx = torch.where(d.drop.to(device)[:, None, None], empty, contexts[d.index.to(device)])
+    x0, ctx, eps = latents[d.index.to(device)], contexts[d.index.to(device)], d.eps.to(device)
+    ctx = torch.where(d.drop.to(device)[:, None, None], same_sizes(run.base, empty, ctx), ctx)
     if config.lora_dropout: torch.manual_seed(seed_of('dropout', config.seed, run.step))
     run.optimizer.zero_grad(); total = 0.
     for group in run.optimizer.param_groups: group['lr'] = lr_at(run.step, config)

@@ -5,8 +5,11 @@ not installed skips its tests.
 """
 import copy
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_parity import draw, pipeline
 from torch import nn
 
 from stylelora.adapters import Adapters
@@ -14,6 +17,8 @@ from stylelora.base import tiny_base
 from stylelora.blend import average_factors, blend, compress, delta_of
 from stylelora.core import generator
 from stylelora.files import save_lora
+from stylelora.formats import save_adapter
+from stylelora.generate import generate
 from stylelora.lora import find_targets
 
 WEIGHTS = [(.3, .8), (1., -.5), (-2., 0.), (.5, .5)]
@@ -21,6 +26,10 @@ WEIGHTS = [(.3, .8), (1., -.5), (-2., 0.), (.5, .5)]
 
 @pytest.fixture(scope='session')
 def peft(): return pytest.importorskip('peft')
+
+
+@pytest.fixture(scope='session')
+def diffusers(): return pytest.importorskip('diffusers')
 
 
 def close(a, b, eps):
@@ -153,6 +162,9 @@ def test_set_adapters_is_diffusers(pair, names, weights):
     theirs.disable_adapters()
     ours.enable(False)
     assert torch.equal(answer(ours.model), bare) and torch.equal(answer(theirs), bare)
+    theirs.enable_adapters()
+    ours.enable()
+    close(answer(ours.model), answer(theirs), 1e-5)
 
 
 def test_dropping_an_adapter_is_diffusers(pair):
@@ -164,14 +176,68 @@ def test_dropping_an_adapter_is_diffusers(pair):
     close(answer(ours.model), answer(theirs), 1e-5)
 
 
-def test_a_saved_mixture_is_the_mixture_in_diffusers(pair, tmp_path):
+def test_a_saved_mixture_is_the_mixture_in_diffusers(diffusers, pair, tmp_path):
     "The mixture, saved as one ordinary file, loads in diffusers and gives the output of both adapters."
     theirs, ours = pair
     theirs.set_adapters(['paper_cut', 'pixel_art'], [.5, 1.])
     ours.set_adapters(['paper_cut', 'pixel_art'], [.5, 1.])
-    file, fresh = save_lora(ours.model, tmp_path/'mix.safetensors'), tiny_base()
-    pipe = pytest.importorskip('diffusers').StableDiffusionPipeline(
-        unet=fresh.unet, vae=fresh.vae, text_encoder=fresh.text_encoder, tokenizer=fresh.tokenizer, scheduler=None,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipe.load_lora_weights(str(file))
+    pipe = pipeline(diffusers, tiny_base())
+    pipe.load_lora_weights(str(save_lora(ours.model, tmp_path/'mix.safetensors')))
     close(answer(pipe.unet), answer(theirs), 1e-5)
+
+
+# ---------------------------------------------------------------- files of other tools, text encoders included
+
+def whole_state(base, rank, seed):
+    "Make an adapter of U-Net and text encoder, with one alpha, as kohya's scripts make them."
+    words = [n for n, m in base.text_encoder.named_modules() if isinstance(m, nn.Linear)]
+    state = random_state(base.unet, find_targets(base.unet, 'attention'), rank, 3, seed, .1)
+    text = random_state(base.text_encoder, words, rank, 3, (seed, 'text'), .1)
+    return state | {f"text_encoder.text_model.{n.removeprefix('text_model.')}": s for n, s in text.items()}
+
+
+def drawn(base): return generate(base, 'a cat', 0, steps=10, cfg_scale=5., progress=False).images
+
+
+def spell(state, folder, layout):
+    "Write an adapter; 'old' is the spelling that diffusers wrote before it had PEFT's layers."
+    if layout != 'old': return save_adapter(state, folder/(layout if layout == 'peft' else f'{layout}.safetensors'), layout)
+    tensors = load_file(save_adapter(state, folder/'x.safetensors'))
+    words = {'lora_A.weight': 'lora.down.weight', 'lora_B.weight': 'lora.up.weight'}
+    save_file({k[:-13] + words[k[-13:]]: v for k, v in tensors.items()}, folder/'old.safetensors')
+    return folder/'old.safetensors'
+
+
+@pytest.mark.parametrize('layout', ['kohya', 'peft', 'old'])
+def test_the_same_adapter_in_every_spelling_draws_the_same(tmp_path, layout):
+    "Weights and pictures of an added file do not depend on who wrote it."
+    shelf, state = Adapters(base := tiny_base()), whole_state(tiny_base(), 3, 'paper')
+    for name in ('diffusers', layout): shelf.add(name, spell(state, tmp_path, name))
+    bare, pictures = drawn(base), {}
+    for name in ('diffusers', layout):
+        shelf.set_adapters(name)
+        pictures[name] = drawn(base)
+    a, b = shelf.states['diffusers'], shelf.states[layout]
+    assert set(a) == set(b) and all(torch.equal(a[n][w], b[n][w]) for n in a for w in 'AB')
+    assert np.array_equal(*pictures.values()) and np.abs(pictures[layout].astype(int) - bare).max() > 1
+    shelf.remove()
+    assert np.array_equal(drawn(base), bare)
+
+
+@pytest.mark.parametrize('names, weights', [
+    ('pixel_art', None), (['paper_cut', 'pixel_art'], [.5, 1.]), (['pixel_art', 'paper_cut'], [.7, {'text_encoder': .2}])])
+def test_files_of_two_tools_are_diffusers(diffusers, peft, tmp_path, names, weights):
+    "A file of ours and one of kohya's, added by name to a base and to diffusers' pipeline: the same pictures."
+    shelf, pipe = Adapters(base := tiny_base()), pipeline(diffusers, tiny_base())
+    for name, layout, rank in (('paper_cut', 'diffusers', 2), ('pixel_art', 'kohya', 4)):
+        file = spell(whole_state(base, rank, name), tmp_path, layout)
+        shelf.add(name, file)
+        pipe.load_lora_weights(str(file), adapter_name=name)
+    bare = drawn(base).astype(int)
+    shelf.set_adapters(names, weights)
+    pipe.set_adapters(names, weights)
+    theirs = draw(pipe, ['a cat'], [0])
+    assert np.abs(theirs - drawn(base).astype(int)).max() <= 1 and np.abs(theirs - bare).max() > 1
+    shelf.enable(False)
+    pipe.disable_lora()
+    assert np.array_equal(drawn(base), bare) and np.abs(draw(pipe, ['a cat'], [0]) - bare).max() <= 1

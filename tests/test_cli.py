@@ -4,7 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from stylelora.cli import main
+from stylelora.cli import main, write_grid
+from stylelora.generate import generate
+from stylelora.models import load_base
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("study", "train", "sample", "report")
@@ -66,6 +68,33 @@ def test_mistakes_in_the_values(capsys, tmp_path):
     (tmp_path/"bad.safetensors").write_bytes(b"no")
     fails(capsys, "sample", "x", *tiny, "--lora", tmp_path/"bad.safetensors")
     assert not (tmp_path/"g.png").exists()
+
+def test_settings_are_checked_before_the_model_is_loaded(capsys, tmp_path, pictures, monkeypatch):
+    def never(*_): raise AssertionError("the model was loaded")
+    monkeypatch.setattr("stylelora.models.load_base", never)
+    image = ("--image", pictures/"p00.png")
+    for words, said in ((("--sampler", "dpm9000"), "unipc"), (("--spacing", "kerras"), "karras"), (("--steps", 0), "steps=0"),
+                        (("--steps", 0, "--spacing", "karras"), "steps=0"), (("--eta", "much"), "invalid float"),
+                        (("--eta", 2), "eta=2.0"), (("--eta", .5, "--sampler", "unipc"), "no fresh noise"),
+                        (("--rescale", -1), "rescale=-1.0"), (("--negative", "red", "--cfg", 1), "no effect"),
+                        (("--precision", "float8"), "bfloat16"), ((*image, "--strength", 0), "strength=0.0"),
+                        ((*image, "--strength", .1, "--steps", 5), "no step at all"), (("--image", tmp_path/"x.png"), "--image"),
+                        (("--lora", tmp_path/"x.safetensors"), "does not exist"), (("--batch", 0), "--batch")):
+        assert said in fails(capsys, "sample", "x", "--out", tmp_path/"g.png", *words), words
+    with pytest.raises(AssertionError): main(["sample", "x"])
+
+def test_every_setting_reaches_the_drawing(tmp_path, pictures):
+    words = ["sample", "a cat", "--base", "tiny", "--n", "2", "--steps", "6", "--cfg", "3", "--out", str(tmp_path/"g.png")]
+    def drawn(*more):
+        assert main([*words, *map(str, more)]) == 0
+        return (tmp_path/"g.png").read_bytes()
+    options = dict(sampler="euler_ancestral", eta=.5, spacing="karras", rescale=.9, negative="red", precision="bfloat16")
+    plain, start = drawn(), ("--image", pictures/"p00.png")
+    seen = [drawn(f"--{k}", v) for k, v in options.items()] + [drawn(*start), drawn(*start, "--strength", .4)]
+    assert len({plain, *seen}) == 1 + len(seen)                        # each changes the picture, each in its own way
+    made = generate(load_base("tiny"), "a cat", range(2), steps=6, cfg_scale=3., progress=False, **options)
+    write_grid(made.images, 2, tmp_path/"ours.png")
+    assert drawn(*(w for k, v in options.items() for w in (f"--{k}", v))) == (tmp_path/"ours.png").read_bytes()
 
 def test_mistakes_in_a_training(capsys, tmp_path, pictures):
     out = ("--base", "tiny", "--out", tmp_path/"a.safetensors", "--steps", 1)

@@ -39,10 +39,12 @@ def diffusers(): return pytest.importorskip('diffusers')
 
 @pytest.fixture(scope='session')
 def layers(diffusers):
-    "Name all linear and convolution layers of the full-size U-Nets; nothing is allocated."
+    "Name all linear and convolution layers of the full-size networks; nothing is allocated."
+    transformers = pytest.importorskip('transformers')
     with torch.device('meta'):
         nets = dict(sd15=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-                    sdxl=diffusers.UNet2DConditionModel(**XL))
+                    sdxl=diffusers.UNet2DConditionModel(**XL),
+                    text=transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig()))
     assert abs(sum(p.numel() for p in nets['sdxl'].parameters())/1e6 - 2567.5) < 1
     return {k: {n: m for n, m in net.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
             for k, net in nets.items()}
@@ -50,23 +52,15 @@ def layers(diffusers):
 
 # ---------------------------------------------------------------- names
 
-@pytest.mark.parametrize('model', ['sd15', 'sdxl'])
-def test_every_layer_of_the_real_models_has_its_name_back(layers, model):
+@pytest.mark.parametrize('model, least', [('sd15', 279), ('sdxl', 279), ('text', 12*6 + 1)])
+def test_every_layer_of_the_real_models_has_its_name_back(layers, model, least):
     "Dots and original block names are undone for each layer, and no two layers share a name."
     names = list(layers[model])
-    assert len(names) > 278
+    assert len(names) >= least
     for n in names:
         assert dotted(n.replace('.', '_')) == n
         if model == 'sdxl': assert from_sgm(dotted(to_sgm(n).replace('.', '_'))) == n
     assert len({kohya_name(n, model == 'sdxl') for n in names}) == len(names)
-
-
-def test_every_layer_of_the_text_encoders_has_its_name_back():
-    transformers = pytest.importorskip('transformers')
-    with torch.device('meta'): net = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig())
-    names = [n for n, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
-    assert len(names) == 12*6 + 1
-    for n in names: assert dotted(n.replace('.', '_')) == n
 
 
 def test_sdxl_names_are_those_of_diffusers(diffusers, layers):
@@ -74,21 +68,19 @@ def test_sdxl_names_are_those_of_diffusers(diffusers, layers):
     from diffusers.loaders import lora_conversion_utils as theirs
     from diffusers.utils import (convert_state_dict_to_diffusers, convert_state_dict_to_peft,
                                  convert_unet_state_dict_to_peft)
-    named = [n for n in layers['sdxl'] if not n.startswith(('time_', 'add_', 'conv_'))]
-    mark = {n: torch.full((1, 1), float(i)) for i, n in enumerate(named)}        # the number of the layer travels along
-    file = {f'{kohya_name(n, True)}.lora_{w}.weight': m for n, m in mark.items() for w in ('down', 'up')}
     config = type('Config', (), dict(layers_per_block=2))
-    tensors, _ = theirs._convert_non_diffusers_lora_to_diffusers(
-        theirs._maybe_map_sgm_blocks_to_diffusers(dict(file), config))
-    got = convert_unet_state_dict_to_peft({k.removeprefix('unet.'): v for k, v in tensors.items()})
-    assert {k: v.item() for k, v in got.items()} == {
-        f'{n}.lora_{w}.weight': m.item() for n, m in mark.items() for w in 'AB'}
+    def read(names):       # a file in which the number of each layer travels along, as diffusers translates it
+        file = {f'{kohya_name(n, True)}.lora_{w}.weight': torch.full((1, 1), float(i))
+                for i, n in enumerate(names) for w in ('down', 'up')}
+        return theirs._convert_non_diffusers_lora_to_diffusers(theirs._maybe_map_sgm_blocks_to_diffusers(file, config))[0]
+    def check(got, names): assert {k: v.item() for k, v in got.items()} == {
+        f'{n}.lora_{w}.weight': i for i, n in enumerate(names) for w in 'AB'}
+
+    names = [n for n in layers['sdxl'] if not n.startswith(('time_', 'add_', 'conv_'))]
+    check(convert_unet_state_dict_to_peft({k.removeprefix('unet.'): v for k, v in read(names).items()}), names)
     for part in ('text_encoder', 'text_encoder_2'):
         names = [f'{part}.text_model.encoder.layers.3.{n}' for n in ('self_attn.q_proj', 'self_attn.out_proj', 'mlp.fc2')]
-        tensors, _ = theirs._convert_non_diffusers_lora_to_diffusers(
-            {f'{kohya_name(n, True)}.lora_{w}.weight': torch.zeros(1, 1) for n in names for w in ('down', 'up')})
-        got = convert_state_dict_to_peft(convert_state_dict_to_diffusers(tensors))
-        assert set(got) == {f'{n}.lora_{w}.weight' for n in names for w in 'AB'}, set(got)
+        check(convert_state_dict_to_peft(convert_state_dict_to_diffusers(read(names))), names)
 
 
 # ---------------------------------------------------------------- the certificate

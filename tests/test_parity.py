@@ -19,8 +19,9 @@ from stylelora.files import load_lora, read_lora, save_lora
 from stylelora.generate import generate
 from stylelora.lora import (LoRAConv2d, LoRALinear, count_parameters, inject, load_state, lora_layers, lora_state,
                             merge, remove)
-from stylelora.sample import (SAMPLERS, get_sigmas, get_timesteps, mixture_model, sample_ddim, sample_dpmpp_2m,
-                              sample_dpmpp_sde, sample_euler, sample_euler_ancestral, sample_heun, split_noise)
+from stylelora.noise import brownian_noise, get_sigmas, get_timesteps
+from stylelora.sample import (SAMPLERS, mixture_model, sample_ddim, sample_dpmpp_2m, sample_dpmpp_2m_sde, sample_euler,
+                              sample_euler_ancestral, sample_heun, sample_unipc, split_noise)
 from stylelora.schedule import Schedule
 
 SD = Schedule('scaled_linear')
@@ -134,7 +135,10 @@ def test_ddim_and_dpm_timesteps_are_diffusers(diffusers, n):
     dpm = diffusers.DPMSolverMultistepScheduler(**SD_CONFIG)
     dpm.set_timesteps(n)
     assert get_timesteps(n, 'dpm').tolist() == dpm.timesteps.tolist()
-    assert (SAMPLERS['dpmpp_2m'].sigmas(SD, n) - dpm.sigmas).abs().max() < 1e-4
+    unipc = diffusers.UniPCMultistepScheduler(**SD_CONFIG)
+    unipc.set_timesteps(n)
+    for name, theirs in (('dpmpp_2m', dpm), ('dpmpp_2m_sde', dpm), ('unipc', unipc)):
+        assert (SAMPLERS[name].sigmas(SD, n) - theirs.sigmas).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize('n', [5, 10, 30])
@@ -147,7 +151,8 @@ def test_karras_and_exponential_are_k_diffusion(kd, n):
 def test_start_is_diffusers(diffusers):
     "The size of the starting noise follows diffusers, for each sampler's own spacing."
     for name, cls, kw in (('euler', 'EulerDiscreteScheduler', {}), ('dpmpp_2m', 'DPMSolverMultistepScheduler', {}),
-                          ('euler_ancestral', 'EulerAncestralDiscreteScheduler', {}),
+                          ('euler_ancestral', 'EulerAncestralDiscreteScheduler', {}), ('unipc', 'UniPCMultistepScheduler', {}),
+                          ('heun', 'HeunDiscreteScheduler', {}), ('dpmpp_2m_sde', 'DPMSolverMultistepScheduler', {}),
                           ('ddim', 'DDIMScheduler', dict(steps_offset=1))):
         theirs = getattr(diffusers, cls)(**SD_CONFIG, **kw)
         theirs.set_timesteps(20)
@@ -261,6 +266,34 @@ def test_dpmpp_2m_is_diffusers(diffusers, n, karras):
     close(sample_dpmpp_2m(MODEL, x*(1 + sigmas[0]**2)**.5, sigmas), xt, 1e-5)
 
 
+@pytest.mark.parametrize('n', [5, 10, 20, 50])
+@pytest.mark.parametrize('karras', [False, True])
+def test_unipc_is_diffusers(diffusers, n, karras):
+    "UniPC of order two; diffusers solves for its weights, ours are in closed form."
+    theirs = diffusers.UniPCMultistepScheduler(**SD_CONFIG, use_karras_sigmas=karras)
+    theirs.set_timesteps(n)
+    sigmas, x = theirs.sigmas.double(), start('unipc')
+    xt = x
+    for t, s in zip(theirs.timesteps, sigmas): xt = theirs.step(eps_at(s.item())(xt), t, xt).prev_sample
+    ours = sample_unipc(MODEL, x*(1 + sigmas[0]**2)**.5, sigmas)
+    close(ours, xt, 1e-5)
+    assert (ours - sample_dpmpp_2m(MODEL, x*(1 + sigmas[0]**2)**.5, sigmas)).abs().max() > 1e-3   # it is not 2M
+
+
+@pytest.mark.parametrize('n', [10, 20, 50])
+@pytest.mark.parametrize('karras', [False, True])
+def test_dpmpp_2m_sde_is_diffusers(diffusers, n, karras):
+    "2M SDE on the same noise; diffusers draws once more at the end, for nothing."
+    theirs = diffusers.DPMSolverMultistepScheduler(**SD_CONFIG, use_karras_sigmas=karras, algorithm_type='sde-dpmsolver++')
+    theirs.set_timesteps(n)
+    sigmas, x, z = theirs.sigmas.double(), start('2m sde'), [start(i) for i in range(n)]
+    xt, queue = x, iter(z)
+    for t, s, noise in zip(theirs.timesteps, sigmas, z):
+        xt = theirs.step(eps_at(s.item())(xt), t, xt, variance_noise=noise).prev_sample
+    close(sample_dpmpp_2m_sde(MODEL, x*(1 + sigmas[0]**2)**.5, sigmas, noise_sampler=lambda *_: next(queue)), xt, 1e-5)
+    assert len(list(queue)) == 1
+
+
 # ---------------------------------------------------------------- samplers against k-diffusion, on the same noise levels
 
 def kd_model(x, sigma): return MODEL(x, float(sigma[0]))
@@ -286,28 +319,38 @@ def test_euler_ancestral_is_k_diffusion(kd):
         close(sample_euler_ancestral(MODEL, x, sigmas, eta=eta, noise_sampler=lambda *_: next(two)), theirs, 1e-5)
 
 
+@pytest.mark.parametrize('eta', [0., .4, 1.])
+def test_dpmpp_2m_sde_is_k_diffusion_at_every_eta(kd, eta):
+    sigmas, z = get_sigmas(SD, 20, 'karras'), [start(i) for i in range(20)]
+    x, one, two = start('2m eta')*sigmas[0], iter(z), iter(z)
+    theirs = kd.sample_dpmpp_2m_sde(kd_model, x, sigmas, disable=True, eta=eta, noise_sampler=lambda *_: next(one))
+    close(sample_dpmpp_2m_sde(MODEL, x, sigmas, eta=eta, noise_sampler=lambda *_: next(two)), theirs, 1e-5)
+
+
 @pytest.mark.parametrize('ours_first', [False, True])
 @pytest.mark.parametrize('spacing', ['linspace', 'karras'])
-def test_dpmpp_sde_is_k_diffusion(kd, spacing, ours_first):
-    """DPM++ SDE on one Brownian path, k-diffusion's or ours: recorded in their run, replayed in ours.
+@pytest.mark.parametrize('name', ['dpmpp_sde', 'dpmpp_2m_sde'])
+def test_sde_samplers_are_k_diffusion(kd, name, spacing, ours_first):
+    """The SDE samplers on one Brownian path, k-diffusion's or ours: recorded in their run, replayed in ours.
 
     Both must ask for the same increments; their tree itself is not continuous below its tolerance of 1e-6."""
     sigmas = get_sigmas(SD, 20, spacing)
     x = start('sde')*sigmas[0]
     gens = [generator('path', i) for i in range(2)]
-    source = (SAMPLERS['dpmpp_sde'].noise((4, 8, 8), gens, sigmas, dtype=x.dtype) if ours_first
+    source = (brownian_noise((4, 8, 8), gens, sigmas, dtype=x.dtype) if ours_first
               else kd.BrownianTreeNoiseSampler(x, sigmas[-2], sigmas[0], seed=3))
     asked = []
     def record(a, b):
         asked.append((float(a), float(b), source(a, b)))
         return asked[-1][2]
-    theirs, queue = kd.sample_dpmpp_sde(kd_model, x, sigmas, disable=True, noise_sampler=record), iter(asked)
+    theirs = getattr(kd, f'sample_{name}')(kd_model, x, sigmas, disable=True, noise_sampler=record)
+    ours, queue = SAMPLERS[name].run, iter(asked)
     def replay(a, b):
         sigma, sigma_next, noise = next(queue)
         assert math.isclose(a, sigma, rel_tol=1e-9) and math.isclose(b, sigma_next, rel_tol=1e-9)
         return noise
-    close(sample_dpmpp_sde(MODEL, x, sigmas, noise_sampler=replay), theirs, 1e-5)
-    if ours_first: close(sample_dpmpp_sde(MODEL, x, sigmas, noise_sampler=source), theirs, 1e-4)
+    close(ours(MODEL, x, sigmas, noise_sampler=replay), theirs, 1e-5)
+    if ours_first: close(ours(MODEL, x, sigmas, noise_sampler=source), theirs, 1e-4)
 
 
 # ---------------------------------------------------------------- published sums
@@ -402,7 +445,8 @@ def adapted(targets='attention_ff', rank=3, alpha=5., seed='adapter'):
 
 
 PEERS = [('ddim', 'DDIMScheduler', dict(steps_offset=1, clip_sample=False, set_alpha_to_one=False)),
-         ('euler', 'EulerDiscreteScheduler', {}), ('dpmpp_2m', 'DPMSolverMultistepScheduler', {})]
+         ('euler', 'EulerDiscreteScheduler', {}), ('dpmpp_2m', 'DPMSolverMultistepScheduler', {}),
+         ('heun', 'HeunDiscreteScheduler', {}), ('unipc', 'UniPCMultistepScheduler', {})]
 
 
 @pytest.mark.parametrize('name, cls, kw', PEERS)

@@ -1,7 +1,7 @@
 """The site is built into a temporary folder, and every page of it is opened in a real browser."""
-import shutil
+import re, shutil
 from pathlib import Path
-from urllib.parse import unquote, urldefrag, urljoin
+from urllib.parse import unquote, urldefrag
 import pytest
 import chromium
 from stylelora.core import root
@@ -59,6 +59,12 @@ def test_every_page_is_built(site):
 def test_every_library_notebook_is_in_the_sidebar(site):
     text = (site/"index.html").read_text()
     for nb in sorted((root()/"nbs").glob("*.ipynb")): assert f"nbs/{nb.stem}.html" in text, nb.name
+
+def test_the_arm_of_an_executed_notebook_is_named_once(site):
+    text = (site/"index.html").read_text()                # the sidebar has the titles of all pages
+    arms = {p.stem.partition("-")[2] for p in (root()/"reports"/"runs").glob("[!_]*/*-*.ipynb")}
+    assert arms and not [a for a in arms if f"({a})" not in text]
+    assert re.findall(r"\(([^()]+)\)\s*\(\1\)", text) == []
 
 def test_links_and_marks_without_a_browser(site):
     assert check_site(site) == []
