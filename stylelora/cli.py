@@ -41,9 +41,10 @@ def add_options(
         elif name.endswith('+'): how |= dict(nargs='+')
         parser.add_argument(name.rstrip('+'), **how)
 
-# %% ../nbs/69_cli.ipynb #bb057344
+# %% ../nbs/69_cli.ipynb #a535e3d9
 MODEL = """
 --base ='embedded'  the model: embedded, tiny (random), a diffusers folder, a .safetensors file or a hub id
+--vae BASE          another autoencoder for it: a diffusers folder, a .safetensors file or a hub id
 --device ='auto'    auto, cpu, cuda or mps"""
 SAMPLE = """
 prompt+            what to draw; several prompts make several rows
@@ -104,7 +105,7 @@ def settings_of(
     if a.image: kept_steps(how.steps, how.strength)
     return how
 
-# %% ../nbs/69_cli.ipynb #27140b78
+# %% ../nbs/69_cli.ipynb #3f950e79
 def run_sample(
     a, # parsed options
 ):
@@ -116,7 +117,7 @@ def run_sample(
     from stylelora.models import load_base
     how, image = settings_of(a), picture(a.image) if a.image else None
     if a.lora: files_of(a.lora)                              # is it there at all?
-    base = load_base(a.base, a.device)
+    base = load_base(a.base, a.device, vae=a.vae)
     if a.lora: load_adapter(base, a.lora, a.scale)
     start = square(image, base.size).copy() if image else None   # of its own memory, as torch wants it
     seeds = range(a.seed, a.seed + a.n)
@@ -171,7 +172,7 @@ def load_pictures(
     print(f'{len(found.images)} pictures, scaled to {base.size} pixels; first caption: {found.captions[0]!r}')
     return found
 
-# %% ../nbs/69_cli.ipynb #1c24be9d
+# %% ../nbs/69_cli.ipynb #7fff4a44
 def run_train(
     a, # parsed options
 ):
@@ -181,7 +182,7 @@ def run_train(
     from stylelora.models import load_base
     from stylelora.objective import Objective
     from stylelora.train import train
-    config, base = config_of(a), load_base(a.base, a.device)
+    config, base = config_of(a), load_base(a.base, a.device, vae=a.vae)
     arm = dict(law=a.law, weight=a.weight, remap=a.remap)
     objective = Objective(base.schedule if a.schedule == 'own' else a.schedule, **arm,
                           prediction=base.prediction_type, base_schedule=base.schedule)

@@ -50,10 +50,11 @@ class Board:
         "Hand out nothing more."
         with self.news: self.todo.clear(); self.news.notify_all()
 
-# %% ../nbs/601_parallel.ipynb #89929da2
+# %% ../nbs/601_parallel.ipynb #72adc6de
 def work():
     "Execute the runs that arrive as lines of JSON, and answer with lines of JSON."
     answers, sys.stdout = sys.stdout, sys.stderr       # whatever else is printed must not look like an answer
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a background shell starts us deaf to it
     def tell(**what): print(json.dumps(what), file=answers, flush=True)
     for line in sys.stdin:
         job = json.loads(line)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from stylelora.cli import main, write_grid
+from stylelora.core import assets
 from stylelora.generate import generate
 from stylelora.models import load_base
 
@@ -63,6 +64,8 @@ def test_mistakes_in_the_values(capsys, tmp_path):
     assert "ddim" in fails(capsys, "sample", "x", *tiny, "--sampler", "dpm9000")
     assert "absent" in fails(capsys, "sample", "x", *tiny, "--lora", tmp_path/"absent.safetensors")
     assert "does not exist" in fails(capsys, "sample", "x", "--base", "nobase", "--out", tmp_path/"g.png")
+    assert "vae 'nowhere' does not exist" in fails(capsys, "sample", "x", *tiny, "--vae", "nowhere")
+    assert "does not fit base" in fails(capsys, "sample", "x", *tiny, "--vae", assets()/"base")
     assert "--image" in fails(capsys, "sample", "x", *tiny, "--image", tmp_path/"absent.png")
     assert "above zero" in fails(capsys, "sample", "x", *tiny, "--n", "0")
     (tmp_path/"bad.safetensors").write_bytes(b"no")

@@ -5,8 +5,9 @@
     python tools/measure_memory.py --latent 64 --batch 4 --device cuda
 
 Every option runs in a process of its own, and its row is written when it is done, so that the script can be stopped and
-started again. Seconds are kept on a GPU only, where nothing else runs. The U-Net has its published size, and so have the text encoder and the autoencoder in the two options that keep
-them at work. On a CPU the peak is that of the resident memory after loading, on a GPU that of PyTorch's allocator.
+started again. The U-Net has its published size, and so have the text encoder and the autoencoder in the two options that keep
+them at work. On a CPU the peak is that of the resident memory after loading, with program_mb taken before it; on a GPU it is
+that of PyTorch's allocator, and the last step is timed, too.
 """
 import argparse, json, re, subprocess, sys, time
 from pathlib import Path
