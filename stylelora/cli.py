@@ -197,9 +197,9 @@ def run_train(
     file = save_lora(base.unet, a.out, about)
     print(f'{file} after {config.steps} steps, last loss {done.loss.iloc[-1]:.4f}')
 
-# %% ../nbs/69_cli.ipynb #416ad781
+# %% ../nbs/69_cli.ipynb #9b0f4343
 STUDY = """
---profile ='study'  study (minutes), smoke (does everything run?), full (hours), or a file of your own
+--profile ='study'  study (minutes), smoke, full (hours), sd15 (Stable Diffusion; a day), or your own file
 --jobs =1           runs at a time; each gets its share of the cores
 --dry-run           say what would be done, and stop
 --force             execute also what is complete

@@ -179,7 +179,7 @@ def collect(
     if complete: append_runs([read_json(p/'manifest.json') for p in complete], folder)
     return len(complete)
 
-# %% ../nbs/61_results.ipynb #ea175576
+# %% ../nbs/61_results.ipynb #9c1cb1cd
 @dataclass(frozen=True)
 class Metric:
     "Say how a metric is printed."
@@ -201,6 +201,9 @@ METRICS = dict(
     style_dose=Metric('style dose'), other_style_dose=Metric('dose of the other style', better=0),
     dose_palette=Metric('palette dose'), dose_outline=Metric('outline dose'),
     dose_shading=Metric('shading dose'), dose_shape=Metric('shape dose'),
+    csd_style=Metric('CSD style', 3), dinov2_style=Metric('DINOv2 style', 3),
+    dinov2_content=Metric('DINOv2 content', 3), clip_copy=Metric('nearest training picture', 3, better=-1),
+    pickscore=Metric('PickScore'), diversity=Metric('diversity', 3),
     seconds_per_image=Metric('time per image', 2, 1, 's', -1))
 
 # %% ../nbs/61_results.ipynb #6f53a241

@@ -73,7 +73,7 @@ def test_mistakes_in_the_values(capsys, tmp_path):
     assert not (tmp_path/"g.png").exists()
 
 def test_settings_are_checked_before_the_model_is_loaded(capsys, tmp_path, pictures, monkeypatch):
-    def never(*_): raise AssertionError("the model was loaded")
+    def never(*_, **__): raise AssertionError("the model was loaded")
     monkeypatch.setattr("stylelora.models.load_base", never)
     image = ("--image", pictures/"p00.png")
     for words, said in ((("--sampler", "dpm9000"), "unipc"), (("--spacing", "kerras"), "karras"), (("--steps", 0), "steps=0"),

@@ -28,7 +28,7 @@ def mine(tmp_path_factory):
     for name in ('red_boat', 'old-mill', 'cat', 'sea', 'hill', 'tree'):
         Image.fromarray(g.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(home/'pictures'/f'{name}.png')
     Image.open(home/'pictures'/'cat.png').save(home/'pictures'/'twin.png')
-    said = run(home, folder=str(home/'pictures'), base='tiny', steps=4, rank=2, word='in zkw style', out=str(home/'out'), device='cpu')
+    said = run(home, folder=str(home/'pictures'), base='tiny', steps=4, rank=2, word='so z w', out=str(home/'out'), device='cpu')
     return home, said
 
 
@@ -55,7 +55,7 @@ def test_all_files_hold_the_same_adapter(mine):
 def test_captions_are_file_names_and_the_word(mine):
     home, said = mine
     manifest = read_adapter(home/'out'/'my_style.safetensors').manifest
-    assert (manifest['template'], manifest['word'], manifest['pictures'], manifest['rank']) == ('{name}, {style}', 'in zkw style', 6, 2)
+    assert (manifest['template'], manifest['word'], manifest['pictures'], manifest['rank']) == ('{name}, {style}', 'so z w', 6, 2)
 
 
 def test_the_example_learns_on_the_embedded_base(tmp_path):
