@@ -96,18 +96,22 @@ def fetch(
         f'{url}: MD5 {got}, expected {want}; fetch it again, or pass md5={got!r} if you trust it')
     return part.rename(file)
 
-# %% ../nbs/23_artbench.ipynb #7629abdf
+# %% ../nbs/23_artbench.ipynb #13c35b7a
 def unpack(
     archive,   # tar file, compressed or not
     styles=(), # only these; all if empty
 ) -> Path:     # the folder of the archive, where its content now is
     "Unpack an archive, or some styles of it, beside it."
     folder, leave = Path(archive).parent, set(STYLES) - {style_label(s) for s in styles} if styles else set()
+    filtered = dict(filter='data') if hasattr(tarfile, 'data_filter') else {}      # Python 3.11.4 and later
     try:
         with tarfile.open(archive) as tar:
             for m in tar:
-                if not any(p in leave or p == '__MACOSX' or p[:2] == '._' for p in Path(m.name).parts):
-                    tar.extract(m, folder, filter='data')
+                parts = Path(m.name).parts
+                if any(p in leave or p == '__MACOSX' or p[:2] == '._' for p in parts): continue
+                if not (m.isfile() or m.isdir()) or '..' in parts or Path(m.name).is_absolute():
+                    raise tarfile.TarError(f'{m.name} lies outside, or is no file')
+                tar.extract(m, folder, set_attrs=False, **filtered)
     except (tarfile.TarError, EOFError, zlib.error) as e:
         raise ValueError(f'{archive} is damaged or cut short ({e}); delete it and fetch it again') from None
     return folder
