@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from stylelora.core import hash_files, read_json, root
+from stylelora.parallel import run_parallel
 from stylelora.results import SCHEMA
 from stylelora.runs import is_complete
 from stylelora.study import read_profile, plan_runs, run_study
@@ -57,7 +59,7 @@ def test_a_second_study_does_nothing(study):
 
 
 def test_sampler_study_and_sweep_use_the_same_adapter(study):
-    outcomes = run_study("smoke_sweeps", out=study)
+    outcomes = run_study("smoke_sweeps", out=study, batch=partial(run_parallel, jobs=2))     # twenty kernels start
     assert set(outcomes.status) <= {"done", "skipped"}, outcomes.to_string()
     plans = [plan_runs(read_profile(f"smoke_{e}")) for e in ("E2", "E3")]
     assert {trained(study).name} == {r.id for p in plans for r in p if Path(r.notebook).stem == "train"}
