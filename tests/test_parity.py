@@ -183,6 +183,12 @@ def run_vp(scheduler, x, **kw):
     return x
 
 
+def run_vp(theirs, x):
+    "Walk a scheduler of diffusers that works in variance-preserving coordinates."
+    for t, s in zip(theirs.timesteps, theirs.sigmas.double()): x = theirs.step(eps_at(s.item())(x), t, x).prev_sample
+    return x
+
+
 def run_ve(scheduler, x, model=MODEL, **kw):
     "Run a diffusers scheduler that holds x0 + sigma*eps (Euler): the proper loop, scaling only what the model sees."
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.double().tolist()):
@@ -261,8 +267,7 @@ def test_dpmpp_2m_is_diffusers(diffusers, n, karras):
     theirs = diffusers.DPMSolverMultistepScheduler(**SD_CONFIG, use_karras_sigmas=karras)
     theirs.set_timesteps(n)
     sigmas, x = theirs.sigmas.double(), start('2m')
-    xt = x
-    for t, s in zip(theirs.timesteps, sigmas): xt = theirs.step(eps_at(s.item())(xt), t, xt).prev_sample
+    xt = run_vp(theirs, x)
     close(sample_dpmpp_2m(MODEL, x*(1 + sigmas[0]**2)**.5, sigmas), xt, 1e-5)
 
 
@@ -273,8 +278,7 @@ def test_unipc_is_diffusers(diffusers, n, karras):
     theirs = diffusers.UniPCMultistepScheduler(**SD_CONFIG, use_karras_sigmas=karras)
     theirs.set_timesteps(n)
     sigmas, x = theirs.sigmas.double(), start('unipc')
-    xt = x
-    for t, s in zip(theirs.timesteps, sigmas): xt = theirs.step(eps_at(s.item())(xt), t, xt).prev_sample
+    xt = run_vp(theirs, x)
     ours = sample_unipc(MODEL, x*(1 + sigmas[0]**2)**.5, sigmas)
     close(ours, xt, 1e-5)
     assert (ours - sample_dpmpp_2m(MODEL, x*(1 + sigmas[0]**2)**.5, sigmas)).abs().max() > 1e-3   # it is not 2M
