@@ -176,16 +176,11 @@ def start(name, n=2, dtype=torch.float64): return torch.randn(n, 4, 8, 8, genera
 
 
 def run_vp(scheduler, x, **kw):
-    "Run a diffusers scheduler that holds unit-variance samples (DDIM, DPM++)."
-    for t in scheduler.timesteps:
-        a = scheduler.alphas_cumprod[int(t)].double().item()
-        x = scheduler.step(eps_at(((1 - a)/a)**.5)(x), t, x, **kw).prev_sample
-    return x
-
-
-def run_vp(theirs, x):
-    "Walk a scheduler of diffusers that works in variance-preserving coordinates."
-    for t, s in zip(theirs.timesteps, theirs.sigmas.double()): x = theirs.step(eps_at(s.item())(x), t, x).prev_sample
+    "Run a diffusers scheduler that holds unit-variance samples (DDIM, DPM++, UniPC), at its own noise levels."
+    a = scheduler.alphas_cumprod.double()
+    for i, t in enumerate(scheduler.timesteps):
+        sigma = scheduler.sigmas[i].item() if hasattr(scheduler, 'sigmas') else ((1 - a[int(t)])/a[int(t)]).sqrt().item()
+        x = scheduler.step(eps_at(sigma)(x), t, x, **kw).prev_sample
     return x
 
 
