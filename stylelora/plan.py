@@ -139,7 +139,7 @@ def plan_runs(
         same = {k: t.parameters[k] for k in ('base', 'vendor', 'n_images', 'device') if k in t.parameters}
         if (key := json.dumps(same)) in seen or judged and same['vendor'] not in judged: continue
         runs += evaluations_of(profile, None, **same, arm='references', mode='references')[:1]
-        runs += evaluations_of(profile, None, **same, arm='no_lora')
+        runs += evaluations_of(profile, None, **same, arm='no_lora', adapter_scale=1.)
         seen.add(key)
     if judged: runs += [*trained, *mixtures_of(profile, trained)]
     else: runs += [r for t in trained for r in (t, *evaluations_of(profile, t))]
