@@ -13,15 +13,13 @@ from pathlib import Path
 import pandas as pd
 import yaml
 from .core import assets, hash_files, human_time, root
-from .cost import cost_lines
 from .params import Loader, Run, complete_parameters, declared, expand, unknown
 from .results import completed
 from .runs import is_complete
-from .sources import source_files
 
-# %% ../nbs/62_plan.ipynb #73430994
+# %% ../nbs/62_plan.ipynb #7eb1d686
 FIELDS = dict(experiment='', trainings='', shared='', arms=(), train={}, evaluate={}, also=(), mix=(),
-              read=(), parts=(), pictures=(), out='reports', trust=False, # keys of a profile, their defaults
+              read=(), parts=(), pictures=(), metrics=(), out='reports', trust=False,  # key -> default
               evaluator='nbs/experiments/evaluate.ipynb')
 
 def read_yaml(
@@ -66,8 +64,8 @@ def inputs_of(
     embedded = dict(base='base', evaluator='evaluator', clip='scorer_clip')
     named = {k: assets()/f if parameters.get(k) == 'embedded' else root()/str(parameters[k])
              for k, f in embedded.items() if parameters.get(k)}
-    pictures = source_files(parameters['vendor']) if 'vendor' in parameters else {}
-    return {k: fingerprint(p) for k, p in (named | pictures).items()}
+    drawings = [assets()/f for f in ('grid', 'grid-cc-by-sa')] if 'vendor' in parameters else []
+    return {k: fingerprint(p) for k, p in (named | {p.name: p for p in drawings}).items()}
 
 # %% ../nbs/62_plan.ipynb #02e829b2
 def make_runs(
@@ -139,7 +137,7 @@ def plan_runs(
         same = {k: t.parameters[k] for k in ('base', 'vendor', 'n_images', 'device') if k in t.parameters}
         if (key := json.dumps(same)) in seen or judged and same['vendor'] not in judged: continue
         runs += evaluations_of(profile, None, **same, arm='references', mode='references')[:1]
-        runs += evaluations_of(profile, None, **same, arm='no_lora', adapter_scale=1.)
+        runs += evaluations_of(profile, None, **same, arm='no_lora')
         seen.add(key)
     if judged: runs += [*trained, *mixtures_of(profile, trained)]
     else: runs += [r for t in trained for r in (t, *evaluations_of(profile, t))]
@@ -167,12 +165,10 @@ def announce(
     "Say what a study is going to do."
     lines = [f'profile {profile["name"]}: {len(plan)} runs, {len(plan) - len(todo)} of them complete']
     path = Path(results)/'runs.parquet'
-    large = any(r.parameters.get('base', 'embedded') != 'embedded' for r in plan)
-    if path.exists() and not large:
+    if path.exists():
         usual = pd.read_parquet(path).groupby('notebook').seconds.median()
         seconds = sum(usual.get(r.notebook, usual.median()) for r in todo)
         lines[0] += f', about {human_time(seconds)} to go' if seconds == seconds and todo else ''
     names = [f'{Path(r.notebook).stem} {r.arm}' for r in todo]
     groups = pd.Series(names, dtype=object).value_counts(sort=False)
-    lines += [f'  {n} × {name}' for name, n in groups.items()]
-    return '\n'.join(lines + (cost_lines(todo) if large and todo else []))
+    return '\n'.join([*lines, *(f'  {n} × {name}' for name, n in groups.items())])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'VENDOR_PALETTE', 'colour', 'setup_style', 'axes', 'to_rgb', 'canvas', 'image_grid', 'curve', 'band',
-           'reference', 'scatter_ci', 'forest', 'radar', 'fewer_colours', 'save_figure']
+           'reference', 'scatter_ci', 'forest', 'radar', 'shorter_svg', 'fewer_colours', 'save_figure']
 
 # %% ../nbs/01_plots.ipynb #e57a0841
 import io, re
@@ -37,7 +37,7 @@ def colour(
     key = str(name).replace('-', '_')
     return known.get(key, mpl.colors.to_hex(mpl.colors.hsv_to_rgb((seed_of(key) % 360/360, .65, .75))))
 
-# %% ../nbs/01_plots.ipynb #713ca7ed
+# %% ../nbs/01_plots.ipynb #aadda7e8
 def setup_style(
     scale=1., # factor on all font sizes
 ):
@@ -47,7 +47,8 @@ def setup_style(
         'font.size': 9*scale, 'axes.titlesize': 9*scale, 'legend.fontsize': 8*scale, 'legend.frameon': False,
         'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .6, 'axes.grid': True,
         'grid.color': '.92', 'axes.axisbelow': True, 'xtick.major.width': .6, 'ytick.major.width': .6,
-        'svg.hashsalt': 'stylelora', 'svg.fonttype': 'none'})
+        'svg.hashsalt': 'stylelora', 'svg.fonttype': 'none',
+        'font.sans-serif': ['DejaVu Sans', 'Verdana', 'sans-serif']})
 
 # %% ../nbs/01_plots.ipynb #9c35a82f
 def axes(
@@ -217,6 +218,17 @@ def radar(
     ax.set_yticks([.25, .5, .75, 1], ['', 'half', '', 'ceiling'], fontsize='x-small', color='.5')
     return ax
 
+# %% ../nbs/01_plots.ipynb #84def559
+def shorter_svg(
+    svg, # bytes of an SVG by matplotlib
+) -> bytes: # the same drawing
+    "Leave out what nobody sees: the third digit, blanks between tags, notes about the program."
+    svg = re.sub(rb'<metadata>.*?</metadata>', b'', svg, flags=re.S)
+    def tag(m):
+        less = m[0].replace(b' \n', b'').replace(b'; ', b';').replace(b': ', b':')
+        return re.sub(rb'(\d\.\d\d)\d+', rb'\1', less)
+    return re.sub(rb'>\s+<', b'><', re.sub(rb'<[^>]*>', tag, svg))
+
 # %% ../nbs/01_plots.ipynb #57213e94
 def fewer_colours(
     png,   # bytes of a PNG
@@ -227,7 +239,7 @@ def fewer_colours(
     Image.open(io.BytesIO(png)).convert('RGB').quantize(256).save(out := io.BytesIO(), 'PNG', optimize=True)
     return out.getvalue()
 
-# %% ../nbs/01_plots.ipynb #a4751855
+# %% ../nbs/01_plots.ipynb #cea73bc7
 def save_figure(
     fig,  # matplotlib figure
     path, # file; the suffix is set by kind
@@ -241,9 +253,7 @@ def save_figure(
         fig.savefig(out := io.BytesIO(), bbox_inches='tight', format=suffix[1:], **options)
         return out.getvalue()
     if kind == 'lines':
-        less = lambda tag: re.sub(rb'(\d\.\d\d)\d+', rb'\1', tag[0])        # a hundredth of a point is enough
-        short = re.sub(rb'<[^>]*>', less, draw(metadata={'Date': None}))     # in tags; texts stay as they are
-        return write_atomic(path.with_suffix(suffix), short)
+        return write_atomic(path.with_suffix(suffix), shorter_svg(draw(metadata={'Date': None})))
     for dpi in (160, 130, 100, 80, 60, 45):
         raw = draw(dpi=dpi, pil_kwargs=dict(quality=85, method=6))
         if len(raw) <= limit: return write_atomic(path.with_suffix(suffix), raw)

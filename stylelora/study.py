@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['store_history', 'store_pictures', 'pictured', 'drop_pictures', 'store_plan', 'drop_unplanned', 'gather', 'lighter',
-           'show_notebook', 'reading_runs', 'publish', 'run_study']
+           'figure_of', 'lean_outputs', 'show_notebook', 'reading_runs', 'publish', 'run_study']
 
-# %% ../nbs/63_study.ipynb #4e7abf33
+# %% ../nbs/63_study.ipynb #4367a12a
 import base64, io, re, shutil
 from pathlib import Path
 import pandas as pd
@@ -15,7 +15,7 @@ from .core import hash_files, read_json, root, write_atomic, write_json
 from .params import Run, complete_parameters
 from .plots import fewer_colours
 from .plan import announce, known_runs, plan_runs, read_profile
-from .results import append_results, append_runs, write_table
+from .results import append_results, append_runs, wanted_rows, write_table
 from .runs import is_complete, report, run_batch
 
 # %% ../nbs/63_study.ipynb #221ca848
@@ -35,7 +35,7 @@ def store_history(
     table = table[table.run_id.isin(keep)].sort_values(['run_id', 'step'], ignore_index=True)
     write_table(table, path, table.select_dtypes('floating').columns)
 
-# %% ../nbs/63_study.ipynb #a999542f
+# %% ../nbs/63_study.ipynb #5d88362e
 def store_pictures(
     ids,     # identities of runs whose folders are here
     runs,    # folder where the folders of runs are
@@ -45,7 +45,7 @@ def store_pictures(
     for i in ids:
         for name in ('sheet', 'progress'):
             if not (source := Path(runs)/i/f'{name}.png').exists(): continue
-            Image.open(source).convert('RGB').save(raw := io.BytesIO(), 'WEBP', quality=75, method=6)
+            Image.open(source).convert('RGB').save(raw := io.BytesIO(), 'WEBP', quality=50, method=6)
             write_atomic(Path(results)/'pictures'/f'{i}-{name}.webp', raw.getvalue())
             shutil.copyfile(source.with_suffix('.json'), Path(results)/'pictures'/f'{i}-{name}.json')
 
@@ -97,7 +97,7 @@ def drop_unplanned(
     table = table[table.run_id.isin(keep)]
     write_table(table, path, ('value',) if 'metric' in table else table.select_dtypes('float32').columns)
 
-# %% ../nbs/63_study.ipynb #1a4016fe
+# %% ../nbs/63_study.ipynb #e3f6a751
 def gather(
     profile, # from `read_profile`
     plan,    # list of Run
@@ -108,9 +108,11 @@ def gather(
     keep = store_plan(profile, plan, results)
     here = [r.id for r in plan if is_complete(Path(runs)/r.id)]
     rows = [pd.read_parquet(f) for i in here if (f := Path(runs)/i/'results.parquet').exists()]
-    if rows: append_results(pd.concat(rows), results)
+    path = Path(results)/f'{profile["experiment"]}.parquet'
+    rows = wanted_rows(pd.concat(rows), profile['metrics'], path) if rows else ()
+    if len(rows): append_results(rows, results)
     if here: append_runs([read_json(Path(runs)/i/'manifest.json') for i in here], results)
-    for name in (profile['experiment'], 'runs'): drop_unplanned(Path(results)/f'{name}.parquet', keep)
+    for file in (path, Path(results)/'runs.parquet'): drop_unplanned(file, keep)
     store_history([i for i in here if (Path(runs)/i/'history.parquet').exists()], runs, results, keep)
     wanted = pictured(plan, profile['pictures'])
     store_pictures([i for i in here if i in wanted], runs, results)
@@ -130,7 +132,35 @@ def lighter(
         side *= .85
     return small if len(small) < len(png) else png
 
-# %% ../nbs/63_study.ipynb #0e38f890
+# %% ../nbs/63_study.ipynb #05b29696
+def figure_of(
+    code,   # text of a cell
+    folder, # where its figures were saved
+):          # name of the one figure that the cell has saved, or None
+    "Find the figure that a cell has saved."
+    names = re.findall(r'figures/f?["\']([^"\']+\.)(\w+)["\']', code)
+    kinds, some = dict(png='webp'), lambda n: re.sub(r'\{[^}]*\}', '*', n)
+    found = [f.name for n, kind in names for f in Path(folder).glob(some(n) + kinds.get(kind, kind))]
+    return found[0] if len(found) == 1 else None
+
+# %% ../nbs/63_study.ipynb #c3d431aa
+def lean_outputs(
+    cell,    # executed code cell
+    figures, # folder where its figures were saved
+) -> list:   # its outputs
+    "Drop progress, warnings, and whatever is there twice."
+    outputs = [o for o in cell['outputs'] if o.get('name') != 'stderr']
+    for o in outputs:
+        if 'text' in o: o['text'] = re.sub(r'^progress \d+/\d+.*\n?', '', ''.join(o['text']), flags=re.M)
+        d = o.get('data', {})
+        if 'text/html' in d or 'image/png' in d: d.pop('text/plain', None)             # the same again
+        if 'image/png' not in d: continue
+        name, png = figure_of(''.join(cell['source']), figures), d.pop('image/png')
+        if name: d['text/markdown'] = f'![](../../figures/{name})'
+        else: d['image/png'] = lighter(''.join(png))
+    return [o for o in outputs if o.get('text') != '']
+
+# %% ../nbs/63_study.ipynb #e739f426
 def show_notebook(
     source, # executed notebook
     target, # where the page goes
@@ -142,18 +172,11 @@ def show_notebook(
     for cell in nb['cells']:
         cell['metadata'] = {k: v for k, v in cell['metadata'].items() if k == 'tags'}
         text = ''.join(cell['source'])
+        if 'outputs' in cell:
+            cell |= dict(execution_count=None, outputs=lean_outputs(cell, Path(source).parent/'figures'))
         if arm and cell is nb['cells'][0]:
             text = re.sub(r'^# (.*)$', rf'# \1 ({arm})', text, count=1, flags=re.M)
         cell['source'] = text.replace('](../', '](../../../nbs/') if cell['cell_type'] == 'markdown' else text
-        for o in cell.get('outputs', []):
-            if 'text' in o: o['text'] = re.sub(r'^progress \d+/\d+.*\n?', '', ''.join(o['text']), flags=re.M)
-        if 'outputs' in cell:
-            wanted = lambda o: o.get('name') != 'stderr' and o.get('text') != ''
-            cell['outputs'] = [o for o in cell['outputs'] if wanted(o)]
-            for d in (o.get('data', {}) for o in cell['outputs']):
-                if 'image/png' in d: d['image/png'] = lighter(''.join(d['image/png']))
-                if 'text/html' in d: d.pop('text/plain', None)                 # the same table again
-            cell['execution_count'] = None
     write_json(target, nb)
 
 # %% ../nbs/63_study.ipynb #9640fbeb
@@ -173,7 +196,7 @@ def reading_runs(
         return Run(notebook, profile['experiment'], more.get('knob', Path(notebook).stem), given, inputs)
     return [run(**r) if isinstance(r, dict) else run(r) for r in profile['read']]
 
-# %% ../nbs/63_study.ipynb #febd63d9
+# %% ../nbs/63_study.ipynb #31a6a1d8
 def publish(
     profile, # from `read_profile`
     plan,    # list of Run, with the reading ones
@@ -181,14 +204,14 @@ def publish(
     out,     # folder with results, figures and runs
 ):
     "Copy figures, values and executed notebooks to where the site finds them."
-    shown = {}
-    trained = list(dict.fromkeys(r.arm for r in plan if r.parameters.get('train_seed', -1) >= 0))
+    shown, trained = {}, [r.arm for r in plan if r.parameters.get('train_seed', -1) >= 0]
+    lead = trained[0] if trained and not profile['trainings'] else None
     for r in plan:
         if not is_complete(folder := Path(runs)/r.id): continue
         for kind, target in (('figures', 'figures'), ('values', 'results')):
             for f in sorted((folder/kind).glob('*')): write_atomic(out/target/f.name, f.read_bytes())
         name = '-'.join(dict.fromkeys([Path(r.notebook).stem, r.arm]))
-        if r.arm in trained[1:]: continue                           # the same notebook with other parameters
+        if r.arm != lead and (r.arm in trained or r.notebook == profile['evaluator']): continue
         if shown.setdefault(name, r.id) == r.id:                    # of several seeds, the first
             arm = '' if r.arm == Path(r.notebook).stem else r.arm                    # a reader is no arm
             show_notebook(folder/'notebook.ipynb', out/'runs'/profile['experiment']/f'{name}.ipynb', arm)

@@ -52,7 +52,7 @@ def attempt(words, book):
     source = next(FIGURES/f for f in ("base-test-prompts.webp", "base-left-out.webp") if (FIGURES/f).exists())
     page = Image.open(source).convert("RGB")
     page = page.resize((min(page.width, 512), page.height*min(page.width, 512)//page.width), Image.LANCZOS)
-    page.quantize(48).save(FIGURES/f"base-attempt-{number}.png", optimize=True)      # a memory, not the exhibit
+    page.save(FIGURES/f"base-attempt-{number}.webp", quality=80, method=6)            # a memory, not the exhibit
 
 def main(what, value, *more):
     path = RESULTS/"pretraining.json"
