@@ -1,11 +1,12 @@
 # stylelora: `make study` trains, measures and publishes; `make test` proves it. Every target makes what it needs.
 # Settings: PYTHON=python3.12  VENV=.venv  PROFILE=study|full  JOBS=2 (runs at a time; 1 beside a GPU)  DEVICE=auto (of the pretraining)
-#           WITH="size=128 …" (of the pretraining)
+#           TESTS=2 (processes that test; each is one thread and about 2 GB)  WITH="size=128 …" (of the pretraining)
 
 PYTHON  ?= python3
 VENV    ?= .venv
 PROFILE ?= study
 JOBS    ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || echo 2)
+TESTS   ?= 2
 DEVICE  ?= auto
 BIN     := $(abspath $(VENV))/bin
 READY   := $(VENV)/.installed
@@ -58,7 +59,8 @@ pretrain: $(READY)
 
 # ---- the proof -------------------------------------------------------------------------------------------------
 
-test: export HF_HUB_OFFLINE := 1
+test test-notebooks test-python: export HF_HUB_OFFLINE := 1
+test test-notebooks test-python: export OMP_NUM_THREADS := 1
 test: $(READY) browser
 	@$(STEP) "test: is stylelora/ what the notebooks export?" $(BIN)/python -m pytest -q tests/test_sync.py
 	@$(MAKE) --no-print-directory test-notebooks
@@ -68,11 +70,11 @@ test: $(READY) browser
 # longer: pytest runs those through papermill at toy scale, so that each is executed once and not twice.
 test-notebooks: $(READY)
 	@$(STEP) "test: every cell of the library notebooks" \
-	  nbdev_test --path nbs --skip_folder_re '^(pretrain|experiments|demo|[_.].*)$$' --n_workers 1
+	  nbdev_test --path nbs --skip_folder_re '^(pretrain|experiments|demo|[_.].*)$$' --n_workers $(TESTS)
 
 test-python: $(READY)
 	@$(STEP) "test: pytest (package, style, parity, smoke study, the site in a browser)" \
-	  $(BIN)/python -m pytest -q -rs tests --ignore=tests/test_sync.py
+	  $(BIN)/python -m pytest -q -rs -n $(TESTS) --dist loadfile tests --ignore=tests/test_sync.py
 
 # Chromium for the test of the site: Debian's, where this user may install it. Elsewhere that test skips and says so.
 browser:

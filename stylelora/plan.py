@@ -17,10 +17,10 @@ from .params import Loader, Run, complete_parameters, declared, expand, unknown
 from .results import completed
 from .runs import is_complete
 
-# %% ../nbs/62_plan.ipynb #7eb1d686
+# %% ../nbs/62_plan.ipynb #a3762254
 FIELDS = dict(experiment='', trainings='', shared='', arms=(), train={}, evaluate={}, also=(), mix=(),
-              read=(), parts=(), pictures=(), metrics=(), out='reports', trust=False,  # key -> default
-              evaluator='nbs/experiments/evaluate.ipynb')
+              read=(), parts=(), pictures=(), metrics=(), bare={}, out='reports',     # key -> default
+              trust=False, evaluator='nbs/experiments/evaluate.ipynb')
 
 def read_yaml(
     path,  # YAML file
@@ -126,7 +126,7 @@ def mixtures_of(
             runs += evaluations_of(over, t, mode='mix', blend_with=o.id, other_vendor=m['other_vendor'])
     return runs
 
-# %% ../nbs/62_plan.ipynb #49b6f3ca
+# %% ../nbs/62_plan.ipynb #6c50613f
 def plan_runs(
     profile, # from `read_profile`
 ) -> list:   # of Run, in the order of execution
@@ -137,7 +137,8 @@ def plan_runs(
         same = {k: t.parameters[k] for k in ('base', 'vendor', 'n_images', 'device') if k in t.parameters}
         if (key := json.dumps(same)) in seen or judged and same['vendor'] not in judged: continue
         runs += evaluations_of(profile, None, **same, arm='references', mode='references')[:1]
-        runs += evaluations_of(profile, None, **same, arm='no_lora')
+        bare = dict(arm='no_lora', adapter_scale=1.) | profile['bare']            # nothing there to be scaled
+        runs += evaluations_of(profile, None, **same, **bare)
         seen.add(key)
     if judged: runs += [*trained, *mixtures_of(profile, trained)]
     else: runs += [r for t in trained for r in (t, *evaluations_of(profile, t))]
