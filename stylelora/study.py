@@ -49,12 +49,13 @@ def store_pictures(
             write_atomic(Path(results)/'pictures'/f'{i}-{name}.webp', raw.getvalue())
             shutil.copyfile(source.with_suffix('.json'), Path(results)/'pictures'/f'{i}-{name}.json')
 
-# %% ../nbs/63_study.ipynb #2593d8b3
+# %% ../nbs/63_study.ipynb #1f8581fd
 def pictured(
     plan, # list of Run
-    conditions=(), # mappings of `arm` and parameters to a value or a list; a run must meet one of them
-) -> set: # identities
+    conditions=(), # mappings of `arm` and parameters to a value or a list; False keeps none
+) -> set: # identities of runs that meet one of them
     "Choose the runs whose pictures are kept: of each arm, those of its first training seed."
+    if conditions is False: return set()
     seeds, first = {r.id: r.parameters.get('train_seed') for r in plan}, {}
     def seed_of(r): return seeds.get(r.parameters.get('adapter'), seeds[r.id])
     for r in plan: first.setdefault(r.arm, seed_of(r))
