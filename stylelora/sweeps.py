@@ -52,17 +52,18 @@ def sweep(
         out.append(dict(zip(by, key)) | found)
     return pd.DataFrame(out)
 
-# %% ../nbs/67_sweeps.ipynb #7394b907
+# %% ../nbs/67_sweeps.ipynb #c0154e85
 def draw_sweep(
     line,    # from `sweep`
     by,      # its column that goes along the axis
     name='', # decides the colour, and is the label
     ax=None, # axes, new if None
+    band=.18, # how dark the band is; less where many lie over each other
 ): # axes
     "Draw a sweep as a line with a band."
     ax = axes(ax)
     ax.plot(line[by], line.estimate, 'o-', ms=3, color=colour(name), label=name)
-    ax.fill_between(line[by], line.low, line.high, color=colour(name), alpha=.18, lw=0)
+    ax.fill_between(line[by], line.low, line.high, color=colour(name), alpha=band, lw=0)
     ax.set_xlabel(by.replace('_', ' '))
     return ax
 
