@@ -6,16 +6,18 @@
 __all__ = ['FIELDS', 'read_yaml', 'read_profile', 'fingerprint', 'inputs_of', 'make_runs', 'training_runs', 'evaluations_of',
            'mixtures_of', 'plan_runs', 'known_runs', 'announce']
 
-# %% ../nbs/62_plan.ipynb #a9dad425
+# %% ../nbs/62_plan.ipynb #bb87c2c4
 import json
 from functools import lru_cache
 from pathlib import Path
 import pandas as pd
 import yaml
 from .core import assets, hash_files, human_time, root
+from .cost import cost_lines
 from .params import Loader, Run, complete_parameters, declared, expand, unknown
 from .results import completed
 from .runs import is_complete
+from .sources import source_files
 
 # %% ../nbs/62_plan.ipynb #a3762254
 FIELDS = dict(experiment='', trainings='', shared='', arms=(), train={}, evaluate={}, also=(), mix=(),
@@ -49,7 +51,7 @@ def read_profile(
         raise ValueError(f'{name}.yaml: experiment and arms are needed, or parts')
     return p | {k: shared.get(k, {}) | p[k] for k in ('train', 'evaluate')}
 
-# %% ../nbs/62_plan.ipynb #5a441add
+# %% ../nbs/62_plan.ipynb #0e100dba
 @lru_cache(maxsize=None)
 def fingerprint(
     path, # file or folder
@@ -64,8 +66,8 @@ def inputs_of(
     embedded = dict(base='base', evaluator='evaluator', clip='scorer_clip')
     named = {k: assets()/f if parameters.get(k) == 'embedded' else root()/str(parameters[k])
              for k, f in embedded.items() if parameters.get(k)}
-    drawings = [assets()/f for f in ('grid', 'grid-cc-by-sa')] if 'vendor' in parameters else []
-    return {k: fingerprint(p) for k, p in (named | {p.name: p for p in drawings}).items()}
+    pictures = source_files(parameters['vendor']) if 'vendor' in parameters else {}
+    return {k: fingerprint(p) for k, p in (named | pictures).items()}
 
 # %% ../nbs/62_plan.ipynb #02e829b2
 def make_runs(
@@ -156,7 +158,7 @@ def known_runs(
     missing = {r.parameters.get(k) for r in absent for k in ('adapter', 'blend_with')}
     return {r.id for r in plan if r.id in stored and r.id not in missing}
 
-# %% ../nbs/62_plan.ipynb #e38eaf1b
+# %% ../nbs/62_plan.ipynb #d74468bc
 def announce(
     profile, # from `read_profile`
     plan,    # list of Run
@@ -166,10 +168,12 @@ def announce(
     "Say what a study is going to do."
     lines = [f'profile {profile["name"]}: {len(plan)} runs, {len(plan) - len(todo)} of them complete']
     path = Path(results)/'runs.parquet'
-    if path.exists():
+    large = any(r.parameters.get('base', 'embedded') != 'embedded' for r in plan)
+    if path.exists() and not large:
         usual = pd.read_parquet(path).groupby('notebook').seconds.median()
         seconds = sum(usual.get(r.notebook, usual.median()) for r in todo)
         lines[0] += f', about {human_time(seconds)} to go' if seconds == seconds and todo else ''
     names = [f'{Path(r.notebook).stem} {r.arm}' for r in todo]
     groups = pd.Series(names, dtype=object).value_counts(sort=False)
-    return '\n'.join([*lines, *(f'  {n} × {name}' for name, n in groups.items())])
+    lines += [f'  {n} × {name}' for name, n in groups.items()]
+    return '\n'.join(lines + (cost_lines(todo) if large and todo else []))
