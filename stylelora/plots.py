@@ -239,7 +239,7 @@ def fewer_colours(
     Image.open(io.BytesIO(png)).convert('RGB').quantize(256).save(out := io.BytesIO(), 'PNG', optimize=True)
     return out.getvalue()
 
-# %% ../nbs/01_plots.ipynb #cea73bc7
+# %% ../nbs/01_plots.ipynb #8a4711e9
 def save_figure(
     fig,  # matplotlib figure
     path, # file; the suffix is set by kind
@@ -255,6 +255,6 @@ def save_figure(
     if kind == 'lines':
         return write_atomic(path.with_suffix(suffix), shorter_svg(draw(metadata={'Date': None})))
     for dpi in (160, 130, 100, 80, 60, 45):
-        raw = draw(dpi=dpi, pil_kwargs=dict(quality=85, method=6))
+        raw = draw(dpi=dpi, pil_kwargs=dict(quality=75, method=6))
         if len(raw) <= limit: return write_atomic(path.with_suffix(suffix), raw)
     raise ValueError(f'{path}: {len(raw)} bytes at {dpi} dpi is over {limit}; draw fewer or smaller pictures')
