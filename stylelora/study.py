@@ -197,7 +197,7 @@ def reading_runs(
         return Run(notebook, profile['experiment'], more.get('knob', Path(notebook).stem), given, inputs)
     return [run(**r) if isinstance(r, dict) else run(r) for r in profile['read']]
 
-# %% ../nbs/63_study.ipynb #31a6a1d8
+# %% ../nbs/63_study.ipynb #01410d1b
 def publish(
     profile, # from `read_profile`
     plan,    # list of Run, with the reading ones
@@ -211,7 +211,7 @@ def publish(
         if not is_complete(folder := Path(runs)/r.id): continue
         for kind, target in (('figures', 'figures'), ('values', 'results')):
             for f in sorted((folder/kind).glob('*')): write_atomic(out/target/f.name, f.read_bytes())
-        name = '-'.join(dict.fromkeys([Path(r.notebook).stem, r.arm]))
+        name = '-'.join(dict.fromkeys([Path(r.notebook).stem, r.arm])).replace('.', '_')
         if r.arm != lead and (r.arm in trained or r.notebook == profile['evaluator']): continue
         if shown.setdefault(name, r.id) == r.id:                    # of several seeds, the first
             arm = '' if r.arm == Path(r.notebook).stem else r.arm                    # a reader is no arm
