@@ -144,7 +144,7 @@ def figure_of(
     found = [f.name for n, kind in names for f in Path(folder).glob(some(n) + kinds.get(kind, kind))]
     return found[0] if len(found) == 1 else None
 
-# %% ../nbs/63_study.ipynb #c3d431aa
+# %% ../nbs/63_study.ipynb #06106c7b
 def lean_outputs(
     cell,    # executed code cell
     figures, # folder where its figures were saved
@@ -157,7 +157,7 @@ def lean_outputs(
         if 'text/html' in d or 'image/png' in d: d.pop('text/plain', None)             # the same again
         if 'image/png' not in d: continue
         name, png = figure_of(''.join(cell['source']), figures), d.pop('image/png')
-        if name: d['text/markdown'] = f'![](../../figures/{name})'
+        if name: d['text/markdown'] = f'![Figure {Path(name).stem}](../../figures/{name})'
         else: d['image/png'] = lighter(''.join(png))
     return [o for o in outputs if o.get('text') != '']
 
