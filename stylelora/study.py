@@ -197,7 +197,7 @@ def reading_runs(
         return Run(notebook, profile['experiment'], more.get('knob', Path(notebook).stem), given, inputs)
     return [run(**r) if isinstance(r, dict) else run(r) for r in profile['read']]
 
-# %% ../nbs/63_study.ipynb #01410d1b
+# %% ../nbs/63_study.ipynb #770d4a76
 def publish(
     profile, # from `read_profile`
     plan,    # list of Run, with the reading ones
@@ -214,7 +214,7 @@ def publish(
         name = '-'.join(dict.fromkeys([Path(r.notebook).stem, r.arm])).replace('.', '_')
         if r.arm != lead and (r.arm in trained or r.notebook == profile['evaluator']): continue
         if shown.setdefault(name, r.id) == r.id:                    # of several seeds, the first
-            arm = '' if r.arm == Path(r.notebook).stem else r.arm                    # a reader is no arm
+            arm = '' if r.arm == Path(r.notebook).stem else r.arm.replace('.', '_')     # a reader is no arm
             show_notebook(folder/'notebook.ipynb', out/'runs'/profile['experiment']/f'{name}.ipynb', arm)
 
 # %% ../nbs/63_study.ipynb #b1ea8c55

@@ -109,7 +109,7 @@ def strip(
     if truth: shown.append(tiles(results, next(iter(runs.values()))[0], 'truth')[0][:n])
     return shown, [*rows, *(['truth'] if truth else [])], concepts
 
-# %% ../nbs/67_sweeps.ipynb #04379b35
+# %% ../nbs/67_sweeps.ipynb #cb742648
 def show_strip(
     results, # folder of results
     runs,    # label -> (run_id, row)
@@ -120,5 +120,5 @@ def show_strip(
     runs = {label: where for label, where in runs.items() if sheet_of(results, where[0])}
     if not runs: return print(f'{Path(path).stem}: the pictures of these runs are not on this machine')
     shown, names, concepts = strip(results, runs, **how)
-    image_grid(shown, rows=names, cols=[c[:12] for c in concepts], height=.75)
+    image_grid(shown, rows=names, cols=[c[:15].replace(" ", "\n", 1) for c in concepts], height=.75)
     save_figure(plt.gcf(), path, 'images', limit=50_000); plt.show()
