@@ -218,7 +218,7 @@ def radar(
     ax.set_yticks([.25, .5, .75, 1], ['', 'half', '', 'ceiling'], fontsize='x-small', color='.5')
     return ax
 
-# %% ../nbs/01_plots.ipynb #a9ffaf52
+# %% ../nbs/01_plots.ipynb #8d1ea5b6
 def shorter_svg(
     svg, # bytes of an SVG by matplotlib
 ) -> bytes: # the same drawing
@@ -226,7 +226,8 @@ def shorter_svg(
     svg = re.sub(rb'<metadata>.*?</metadata>', b'', svg, flags=re.S)
     def tag(m):
         less = m[0].replace(b' \n', b'').replace(b'; ', b';').replace(b': ', b':')
-        return less if b'scale(' in less else re.sub(rb'(\d\.\d\d)\d+', rb'\1', less)
+        digits = rb'(\d\.\d)\d+' if len(less) > 300 else rb'(\d\.\d\d)\d+'          # curves, points
+        return less if b'scale(' in less else re.sub(digits, rb'\1', less)
     return re.sub(rb'>\s+<', b'><', re.sub(rb'<[^>]*>', tag, svg))
 
 # %% ../nbs/01_plots.ipynb #57213e94
