@@ -88,7 +88,7 @@ def test_who_would_have_been_misled(read):
     assert (wrong.loc[['psnr', 'perceptual'], 'wrong'] == 0).all()
     for group in ('arms', 'references'):
         assert ranks.tau[[f'{group}-psnr', f'{group}-perceptual', f'{group}-ssim']].tolist() == [1, 1, -1]
-    assert ranks.tau['concepts-psnr'] == 1 and abs(ranks.tau['concepts-clip_text']) < .3
+    assert ranks.tau['concepts-psnr'] > .98 and abs(ranks.tau['concepts-clip_text']) < .3
 
 
 def test_the_bias_shrinks_and_the_page_has_what_it_needs(read):
