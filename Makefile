@@ -23,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make study     train the style LoRAs, sample, measure, build the site (about 25 minutes on two cores)"
+	@echo "make study     train the style LoRAs, sample, measure, build the site (about 20 minutes on two cores)"
 	@echo "make test      install, export check, notebook tests, pytest, the site in a browser"
 	@echo "make smoke     the study at toy scale: does everything run? (a few minutes)"
 	@echo "make report    build the site from the results that are there, into _site/"
