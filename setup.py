@@ -16,5 +16,5 @@ setup(
     python_requires=">=" + cfg["min_python"],
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8") if Path(__file__).with_name("README.md").exists() else "",
     long_description_content_type="text/markdown", zip_safe=False,
-    entry_points={"console_scripts": cfg["console_scripts"].split("\n"), "nbdev": ["stylelora=stylelora._modidx:d"]},
+    entry_points={"console_scripts": cfg["console_scripts"].split("\n")},
 )

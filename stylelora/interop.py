@@ -6,9 +6,10 @@
 __all__ = ['LIMITS', 'HERE', 'THERE', 'holds', 'make_row', 'written_here', 'written_there', 'summarise', 'certify',
            'write_certificate']
 
-# %% ../nbs/191_interop.ipynb #7bf91eab
+# %% ../nbs/191_interop.ipynb #79ad1abc
 from importlib.metadata import version
 from pathlib import Path
+import torch
 from .blend import delta_of
 from .core import write_json
 from .formats import load_parts, read_adapter, save_adapter
@@ -102,19 +103,21 @@ def summarise(
                 error=max(r['error'] for r in rows), pixels=max(r['pixels'] for r in drawn),
                 change=min(r['change'] for r in drawn))
 
-# %% ../nbs/191_interop.ipynb #a4f4cd7f
+# %% ../nbs/191_interop.ipynb #cff3f8df
 def certify(
     peft,    # the module
     folder,  # an empty folder for the files
     bases=tuple(BASES), # which models
+    seed=3,  # of the random weights of models and adapters
 ) -> dict:   # versions, limits, summary and rows
     "Make the interop certificate."
     if odd := set(bases) - set(BASES): raise ValueError(f'{odd.pop()!r} is none of {", ".join(BASES)}')
     rows = []
     for base in bases:
         (at := Path(folder)/base).mkdir(parents=True)
-        pipe = BASES[base]()
-        rows += written_here(base, pipe, peft, at) + written_there(base, pipe, peft, at)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed); pipe = BASES[base]()
+            rows += written_here(base, pipe, peft, at) + written_there(base, pipe, peft, at)
     versions = {k: version(k) for k in ('diffusers', 'peft', 'transformers', 'safetensors', 'torch')}
     return dict(versions=versions, limits=LIMITS, summary=summarise(rows), rows=rows)
 

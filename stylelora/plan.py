@@ -6,7 +6,7 @@
 __all__ = ['FIELDS', 'read_yaml', 'read_profile', 'fingerprint', 'inputs_of', 'make_runs', 'training_runs', 'evaluations_of',
            'mixtures_of', 'plan_runs', 'known_runs', 'announce']
 
-# %% ../nbs/62_plan.ipynb #bb87c2c4
+# %% ../nbs/62_plan.ipynb #485fdb6c
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ import yaml
 from .core import assets, hash_files, human_time, root
 from .cost import cost_lines
 from .params import Loader, Run, complete_parameters, declared, expand, unknown
-from .results import completed
+from .results import KEPT, completed
 from .runs import is_complete
 from .sources import source_files
 
@@ -36,7 +36,7 @@ def read_yaml(
         if key not in known: raise unknown(key, known, Path(path).name)
     return content
 
-# %% ../nbs/62_plan.ipynb #60330593
+# %% ../nbs/62_plan.ipynb #badba31f
 def read_profile(
     name='study', # name of a profile
     folder=None,  # where the files are; reports/params if None
@@ -49,6 +49,7 @@ def read_profile(
     shared = read_yaml(folder/f'{p["shared"]}.yaml', ('train', 'evaluate')) if p['shared'] else {}
     if not (p['parts'] or p['experiment'] and (p['arms'] or p['read'])):
         raise ValueError(f'{name}.yaml: experiment and arms are needed, or parts')
+    if isinstance(m := p['metrics'], str) and m not in KEPT: raise unknown(m, KEPT, f'{name}.yaml: metrics')
     return p | {k: shared.get(k, {}) | p[k] for k in ('train', 'evaluate')}
 
 # %% ../nbs/62_plan.ipynb #0e100dba

@@ -180,7 +180,7 @@ def show_notebook(
         cell['source'] = text.replace('](../', '](../../../nbs/') if cell['cell_type'] == 'markdown' else text
     write_json(target, nb)
 
-# %% ../nbs/63_study.ipynb #9640fbeb
+# %% ../nbs/63_study.ipynb #450f1e61
 def reading_runs(
     profile, # from `read_profile`
     results, # folder of results
@@ -194,10 +194,11 @@ def reading_runs(
         given = dict(results=where, profile=profile['name']) | more
         given = complete_parameters(root()/notebook, given, Path(notebook).name)
         inputs = marks | dict(notebook=hash_files(root()/notebook)[:16])
-        return Run(notebook, profile['experiment'], more.get('knob', Path(notebook).stem), given, inputs)
+        name = more.get('knob', Path(notebook).stem).replace('.', '_')
+        return Run(notebook, profile['experiment'], name, given, inputs)
     return [run(**r) if isinstance(r, dict) else run(r) for r in profile['read']]
 
-# %% ../nbs/63_study.ipynb #770d4a76
+# %% ../nbs/63_study.ipynb #31a6a1d8
 def publish(
     profile, # from `read_profile`
     plan,    # list of Run, with the reading ones
@@ -211,10 +212,10 @@ def publish(
         if not is_complete(folder := Path(runs)/r.id): continue
         for kind, target in (('figures', 'figures'), ('values', 'results')):
             for f in sorted((folder/kind).glob('*')): write_atomic(out/target/f.name, f.read_bytes())
-        name = '-'.join(dict.fromkeys([Path(r.notebook).stem, r.arm])).replace('.', '_')
+        name = '-'.join(dict.fromkeys([Path(r.notebook).stem, r.arm]))
         if r.arm != lead and (r.arm in trained or r.notebook == profile['evaluator']): continue
         if shown.setdefault(name, r.id) == r.id:                    # of several seeds, the first
-            arm = '' if r.arm == Path(r.notebook).stem else r.arm.replace('.', '_')     # a reader is no arm
+            arm = '' if r.arm == Path(r.notebook).stem else r.arm                    # a reader is no arm
             show_notebook(folder/'notebook.ipynb', out/'runs'/profile['experiment']/f'{name}.ipynb', arm)
 
 # %% ../nbs/63_study.ipynb #b1ea8c55

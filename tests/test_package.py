@@ -60,7 +60,7 @@ def test_the_assets_travel_in_the_wheel(wheel):
 
 def test_modules_and_command_travel_in_the_wheel(wheel):
     names, _, out = wheel
-    assert {str(p.relative_to(ROOT)) for p in (ROOT/"stylelora").glob("*.py")} <= set(names)
+    assert {str(p.relative_to(ROOT)) for p in tracked() if p.relative_to(ROOT).parts[0] == "stylelora" and p.suffix == ".py"} <= set(names)
     with zipfile.ZipFile(next(out.glob("*.whl"))) as z:
         info = {n.split("/")[-1]: z.read(n).decode() for n in z.namelist() if ".dist-info/" in n and not n.endswith("/")
                 and n.split("/")[-1] in ("METADATA", "entry_points.txt")}
