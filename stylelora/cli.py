@@ -41,7 +41,7 @@ def add_options(
         elif name.endswith('+'): how |= dict(nargs='+')
         parser.add_argument(name.rstrip('+'), **how)
 
-# %% ../nbs/69_cli.ipynb #a535e3d9
+# %% ../nbs/69_cli.ipynb #b1d04270
 MODEL = """
 --base ='embedded'  the model: embedded, tiny (random), a diffusers folder, a .safetensors file or a hub id
 --vae BASE          another autoencoder for it: a diffusers folder, a .safetensors file or a hub id
@@ -60,6 +60,7 @@ prompt+            what to draw; several prompts make several rows
 --rescale =0.      how much of the contrast that guidance adds is taken back: 0 nothing, 1 all
 --negative =''     prompt to be guided away from, at a guidance scale above 1
 --precision ='float32'  arithmetic of the network: float32, bfloat16, float16, or auto for the machine's best
+--size SIZE        pixels of a side, or width and height such as 768x512; the size of the base if left out
 --image FILE       start from this picture instead of noise
 --strength =.7     share of the steps to walk from it: little keeps the picture, 1 forgets it
 --batch =16        pictures drawn at a time
@@ -90,7 +91,7 @@ def write_grid(
     Image.fromarray(page.repeat(zoom, 0).repeat(zoom, 1)).save(raw := io.BytesIO(), kind)
     return write_atomic(path, raw.getvalue())
 
-# %% ../nbs/69_cli.ipynb #41de85d9
+# %% ../nbs/69_cli.ipynb #52aa17da
 def settings_of(
     a, # parsed options of `sample`
 ):     # Settings
@@ -101,25 +102,24 @@ def settings_of(
     for k, v in dict(eta=a.eta, rescale=a.rescale).items():
         if not 0 <= (v or 0) <= 1: raise ValueError(f'{k}={v!r}; use a share from 0 to 1')
     how = Settings(a.sampler, a.steps, a.cfg, a.negative, a.rescale, a.spacing, a.eta, a.strength,
-                   a.precision)
+                   a.precision, a.size)
     if a.image: kept_steps(how.steps, how.strength)
     return how
 
-# %% ../nbs/69_cli.ipynb #3f950e79
+# %% ../nbs/69_cli.ipynb #eddc275e
 def run_sample(
     a, # parsed options
 ):
     "Draw prompts × seeds and write them as one picture."
     from stylelora.adapter_files import files_of
-    from stylelora.data import square
     from stylelora.formats import load_adapter
-    from stylelora.generate import generate
+    from stylelora.generate import cover, generate, picture_size
     from stylelora.models import load_base
     how, image = settings_of(a), picture(a.image) if a.image else None
     if a.lora: files_of(a.lora)                              # is it there at all?
     base = load_base(a.base, a.device, vae=a.vae)
     if a.lora: load_adapter(base, a.lora, a.scale)
-    start = square(image, base.size).copy() if image else None   # of its own memory, as torch wants it
+    start = cover(image, *picture_size(base, how.size)) if image else None
     seeds = range(a.seed, a.seed + a.n)
     made = generate(base, a.prompt, seeds, batch=a.batch, images=start, **vars(how))
     write_grid(made.images, a.n, a.out, a.zoom)

@@ -82,6 +82,14 @@ def test_sizes_are_those_of_the_pipeline():
     assert np.abs(draw(pipeline(base), **told) - mine).max() <= 1 and np.abs(ours(base) - mine).max() > 1
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_other_sizes_are_those_of_the_pipeline(kind):
+    "SDXL is told the size by itself; a height and a width that are exchanged would show in the shape."
+    base = tiny_base(kind=kind)
+    mine = ours(base, size='32x24')
+    assert mine.shape[1:3] == (24, 32) and np.abs(draw(pipeline(base), height=24, width=32) - mine).max() <= 1
+
+
 # ---------------------------------------------------------------- training
 
 def pair(base, n=5):

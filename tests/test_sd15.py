@@ -147,3 +147,29 @@ def test_the_embedded_study_is_planned_as_before():
     p = read_profile('study'); runs = plan_runs(p)
     assert announce(p, runs, runs, Path('nowhere')).count('\n') == len({(r.notebook, r.arm) for r in runs})
     assert set(inputs_of(runs[0].parameters)) == {'base', 'evaluator', 'clip', 'grid', 'grid-cc-by-sa'}
+
+
+@pytest.fixture(scope='module')
+def sweeps(home, study):
+    "Draw with two samplers and two strengths, from the adapter of the toy study, and read both with the notebooks of the paired study."
+    toy = (home/'params'/'toy.yaml').read_text().replace('steps: 2, evaluator', 'KNOBS, evaluator').replace('n_concepts: 10', 'n_concepts: 6')
+    for part, knobs, reader in (('E2', 'sampler: [ddim, euler], steps: 2', 'E2_samplers.ipynb, experiment: sd15-E2'),
+                                ('E3', 'steps: 2, adapter_scale: [1.0, 2.0]', 'E3_sweeps.ipynb, experiment: sd15-E3, knob: adapter_scale')):
+        text = toy.replace('experiment: sd15-E1', f'experiment: sd15-{part}\ntrainings: sd15-E1').replace('KNOBS', knobs)
+        (home/'params'/f'toy_{part}.yaml').write_text(text.replace('sd15_styles.ipynb', reader))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('STYLELORA_ARTBENCH', str(home/'art'))
+        done = {part: run_study(f'toy_{part}', home/'params', home/'out', print) for part in ('E2', 'E3')}
+    return done, home/'out'
+
+
+def test_the_readers_of_the_paired_study_read_real_styles(sweeps):
+    done, out = sweeps
+    for part, table in done.items():
+        assert set(table.status) <= {'done', 'skipped'} and 'failed' not in set(table.status), table.to_string()
+    changed = read_json(out/'results'/'sd15_e2_changes.json')
+    assert {c['metric'] for c in changed} >= {'CSD style'} and {c['sampler'] for c in changed} == {'euler'}
+    figures = {f.name for f in (out/'figures').glob('*')}
+    assert {'sd15-e2-cost.svg', 'sd15-e2-interaction.svg', 'sd15-e2-pareto.svg', 'sd15-e3-adapter_scale.svg'} <= figures, figures
+    strength = read_json(out/'results'/'sd15_e3_adapter_scale.json')
+    assert set(strength) == {'1', '2'} and all(len(r) == 3 for r in strength.values())
