@@ -7,7 +7,7 @@
 The text form: a line `# %%` opens a code cell, `# %% [markdown]` a markdown cell (raw markdown follows), and
 `# %% tags=parameters` a code cell with a tag. Cell ids are derived from the content, so they are stable.
 """
-import hashlib, re, sys
+import base64, hashlib, re, sys
 from pathlib import Path
 import nbformat
 
@@ -34,6 +34,12 @@ def from_text(text, old=None):
         nb.cells.append(cell)
     return nb
 
+def fewer(png):
+    "Store a figure with a palette: its bytes stay in git for ever."
+    from stylelora.plots import fewer_colours
+    small = base64.b64encode(fewer_colours(base64.b64decode(png), 0)).decode()
+    return min(small, png, key=len)
+
 def run(path, timeout=1800):
     from nbclient import NotebookClient
     nb = nbformat.read(path, 4)
@@ -43,6 +49,7 @@ def run(path, timeout=1800):
         if c.cell_type == "code": c.execution_count = None
         for o in c.get("outputs", []):
             if "execution_count" in o: o["execution_count"] = None
+            if "image/png" in o.get("data", {}): o["data"]["image/png"] = fewer(o["data"]["image/png"])
     nb.metadata = nbformat.from_dict(KERNEL)
     nbformat.write(nb, path)
 
