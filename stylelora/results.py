@@ -180,7 +180,7 @@ def collect(
     if complete: append_runs([read_json(p/'manifest.json') for p in complete], folder)
     return len(complete)
 
-# %% ../nbs/61_results.ipynb #9c1cb1cd
+# %% ../nbs/61_results.ipynb #437158e1
 @dataclass(frozen=True)
 class Metric:
     "Say how a metric is printed."
@@ -196,23 +196,23 @@ METRICS = dict(
     content_rr=Metric('content MRR'), content_margin=Metric('content margin', 3), gt_skill=Metric('GT skill'),
     leaked=Metric('leakage', 0, 100, '%', -1), copied=Metric('copies', 0, 100, '%', -1),
     clip_content=Metric('CLIP content', 3), clip_style=Metric('CLIP style', 3),
-    clip_text=Metric('CLIP text', 3),
+    clip_text=Metric('CLIP text', 3), psnr=Metric('PSNR', 1, 1, 'dB'), ssim=Metric('SSIM', 3),
     lpips=Metric('LPIPS', 3, better=-1), perceptual=Metric('LPIPS on lite0', 2, better=-1),
-    psnr=Metric('PSNR', 1, 1, 'dB'), ssim=Metric('SSIM', 3),
     style_dose=Metric('style dose'), other_style_dose=Metric('dose of the other style', better=0),
     dose_palette=Metric('palette dose'), dose_outline=Metric('outline dose'),
     dose_shading=Metric('shading dose'), dose_shape=Metric('shape dose'),
-    csd_style=Metric('CSD style', 3), dinov2_style=Metric('DINOv2 style', 3),
+    csd_style=Metric('CSD style', 3), dinov2_style=Metric('DINOv2 style', 3), pickscore=Metric('PickScore'),
     dinov2_content=Metric('DINOv2 content', 3), clip_copy=Metric('nearest training picture', 3, better=-1),
-    pickscore=Metric('PickScore'), diversity=Metric('diversity', 3),
-    seconds_per_image=Metric('time per image', 2, 1, 's', -1))
+    diversity=Metric('diversity', 3), seconds_per_image=Metric('time per image', 2, 1, 's', -1))
 
-# %% ../nbs/61_results.ipynb #68343134
+# %% ../nbs/61_results.ipynb #bc9600c2
 _SWEPT = tuple('''style_at_1 style_margin style_dose content_at_1 content_rr gt_skill leaked copied diversity
 seconds_per_image'''.split())
 _MORE = tuple('''dose_palette dose_outline dose_shading dose_shape other_style_dose perceptual lpips
 clip_content clip_style clip_text'''.split())
-KEPT = dict(sweep=_SWEPT, headline=_SWEPT + _MORE)
+_ALL = tuple('''content_margin gt_edges gt_palette gt_perceptual psnr ssim style_chance lite0_style_at_1
+lite0_content_at_1 lite0_content_rr'''.split())
+KEPT = dict(sweep=_SWEPT, headline=_SWEPT + _MORE, thorough=_SWEPT + _MORE + _ALL)
 
 def wanted_rows(
     rows,    # tidy results of the runs that are here
