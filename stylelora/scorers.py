@@ -17,9 +17,9 @@ from .core import generator
 from .metrics import ClipScorer, as_images, resized
 from .models import PICKLES
 
-# %% ../nbs/535_scorers.ipynb #93badb94
+# %% ../nbs/535_scorers.ipynb #6951d6f8
 SCORERS = dict( # name -> where its weights are published
-    clip='laion/CLIP-ViT-B-32-laion2B-s34B-b79K', csd='tomg-group-umd/CSD-ViT-L',
+    clip='laion/CLIP-ViT-B-32-laion2B-s34B-b79K', csd='yuxi-liu-wired/CSD',
     dinov2='facebook/dinov2-base', pickscore='yuvalkirstain/PickScore_v1', inception='torchvision',
     image_reward='zai-org/ImageReward')
 
@@ -163,7 +163,7 @@ def vision_config(
         num_attention_heads=max(1, width//64), hidden_act='quick_gelu',
         intermediate_size=len(tensors['transformer.resblocks.0.mlp.c_fc.weight']))
 
-# %% ../nbs/535_scorers.ipynb #b44a29cf
+# %% ../nbs/535_scorers.ipynb #6d48e9aa
 def load_csd(
     folder,       # with model.safetensors
     device='cpu', # where it runs
@@ -172,7 +172,8 @@ def load_csd(
     Somepalli et al. 2024, section 4."""
     from transformers import CLIPVisionModel
     raw = load_file(next(iter(sorted(Path(folder).glob('*.safetensors')))))
-    raw = {k.removeprefix('module.'): v.float() for k, v in raw.items()}
+    above = next((k for k in raw if k.endswith('last_layer_style')), '').removesuffix('last_layer_style')
+    raw = {k.removeprefix(above): v.float() for k, v in raw.items()}
     tensors = {k.removeprefix('backbone.'): v for k, v in raw.items() if k.startswith('backbone.')}
     if 'last_layer_style' not in raw or 'conv1.weight' not in tensors: raise ValueError(
         f'csd: {folder} has no last_layer_style or no backbone; take the weights of {SCORERS["csd"]}')
