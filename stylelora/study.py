@@ -6,8 +6,8 @@
 __all__ = ['thin_curve', 'store_history', 'store_pictures', 'pictured', 'drop_pictures', 'store_plan', 'owned', 'drop_unplanned',
            'gather', 'lighter', 'figure_of', 'lean_outputs', 'show_notebook', 'reading_runs', 'publish', 'run_study']
 
-# %% ../nbs/63_study.ipynb #4367a12a
-import base64, io, re, shutil
+# %% ../nbs/63_study.ipynb #55157742
+import base64, io, json, re, shutil
 from pathlib import Path
 import pandas as pd
 from PIL import Image
@@ -86,7 +86,7 @@ def drop_pictures(
     for f in sorted((Path(results)/'pictures').glob('*-*.*')):
         if f.stem.rpartition('-')[0] not in keep: f.unlink()
 
-# %% ../nbs/63_study.ipynb #053126ad
+# %% ../nbs/63_study.ipynb #fd7f1e0d
 def store_plan(
     profile, # from `read_profile`
     plan,    # list of Run
@@ -98,7 +98,8 @@ def store_plan(
     kind = lambda r: 'evaluate' if r.notebook == profile['evaluator'] else 'train'
     plans[profile['name']] = [dict(id=r.id, kind=kind(r), arm=r.arm, label=r.label, experiment=r.experiment,
                                    adapter=r.parameters.get('adapter', '')) for r in plan]
-    write_json(path, plans)
+    lines = {k: ',\n '.join(json.dumps(r, ensure_ascii=False) for r in rows) for k, rows in plans.items()}
+    write_atomic(path, '{' + ',\n'.join(f'{json.dumps(k)}: [\n {v}]' for k, v in lines.items()) + '}\n')
     return {r['id'] for rows in plans.values() for r in rows}
 
 def owned(name, results): # of a profile; folder with plans.json
@@ -152,7 +153,7 @@ def lighter(
         side *= .85
     return small if len(small) < len(png) else png
 
-# %% ../nbs/63_study.ipynb #05b29696
+# %% ../nbs/63_study.ipynb #d3c8b8eb
 def figure_of(
     code,   # text of a cell
     folder, # where its figures were saved
@@ -161,7 +162,8 @@ def figure_of(
     names = re.findall(r'figures/f?["\']([^"\']+\.)(\w+)["\']', code)
     kinds, some = dict(png='webp'), lambda n: re.sub(r'\{[^}]*\}', '*', n)
     found = [f.name for n, kind in names for f in Path(folder).glob(some(n) + kinds.get(kind, kind))]
-    return found[0] if len(found) == 1 else None
+    first = min(found, key=len, default='')                       # `e0-cfg.svg` of this and `e0-cfg-more.svg`
+    return first if first and all(n.startswith(Path(first).stem) for n in found) else None
 
 # %% ../nbs/63_study.ipynb #06106c7b
 def lean_outputs(
