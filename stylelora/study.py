@@ -18,10 +18,10 @@ from .plan import announce, known_runs, plan_runs, read_profile
 from .results import append_results, append_runs, wanted_rows, write_table
 from .runs import is_complete, report, run_batch
 
-# %% ../nbs/63_study.ipynb #4a0ad09b
+# %% ../nbs/63_study.ipynb #752dd7d0
 def thin_curve(
     curve, # table of one training: step, loss, grad_norm and more, in order
-    points=100, # that are kept, beside the steps that have a validation loss
+    points=50, # that are kept, beside the steps that have a validation loss
 ) -> pd.DataFrame: # the same columns; loss and grad_norm are means since the row before
     "Keep fewer points of a training curve."
     last = int(curve.step.max())
