@@ -134,7 +134,8 @@ def test_without_the_base_the_plan_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1'); monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
     p = read_profile('sd15_E1'); runs = plan_runs(p)
     said = announce(p, runs, runs, tmp_path)
-    assert '80,000 optimizer steps' in said and 'is not on this machine' in said and ' to go' not in said
+    assert '80,000 optimizer steps' in said and 'is not on this machine; recorded on' in said and ' to go' not in said
+    assert 'so times are not known' in '\n'.join(cost_lines(runs, recorded=[]))
     costs = [dict(base='stable-diffusion-v1-5', device='a card', size=512, batch=4, train=.5, sample=.1, rest=.2, peak_mb=9000.)]
     lines = '\n'.join(cost_lines(runs, recorded=costs))
     assert 'recorded on a card' in lines and '9 GB' in lines
