@@ -14,7 +14,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from stylelora.core import root
 from stylelora.params import read_runs, replay
+from stylelora.plan import known_runs, plan_runs, read_profile
 from stylelora.runs import is_complete, main, report, run_batch, run_one
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,3 +195,12 @@ def test_a_foreign_kernel_of_the_same_name_is_not_used(place, tmp_path, monkeypa
     lines = []
     assert run_one(read_runs(place())[0], place.folder, lines.append)["status"] == "done"
     assert lines == [f"python {sys.executable}"]
+
+
+@pytest.mark.parametrize('part', read_profile('full')['parts'])
+def test_every_run_of_the_full_study_is_in_the_committed_results(part, tmp_path):
+    "A fresh clone repeats nothing; a change that makes the results stale is noticed here."
+    profile = read_profile(part)
+    plan, results = plan_runs(profile), root()/profile['out']/'results'
+    assert {r.id for r in plan} == known_runs(plan, results, tmp_path)
+    assert not plan or profile['trust']
