@@ -106,20 +106,22 @@ def settings_of(
     if a.image: kept_steps(how.steps, how.strength)
     return how
 
-# %% ../nbs/69_cli.ipynb #eddc275e
+# %% ../nbs/69_cli.ipynb #f625a74c
 def run_sample(
     a, # parsed options
 ):
     "Draw prompts × seeds and write them as one picture."
     from stylelora.adapter_files import files_of
+    from stylelora.data import square
     from stylelora.formats import load_adapter
-    from stylelora.generate import cover, generate, picture_size
+    from stylelora.generate import generate, picture_size
     from stylelora.models import load_base
     how, image = settings_of(a), picture(a.image) if a.image else None
     if a.lora: files_of(a.lora)                              # is it there at all?
     base = load_base(a.base, a.device, vae=a.vae)
     if a.lora: load_adapter(base, a.lora, a.scale)
-    start = cover(image, *picture_size(base, how.size)) if image else None
+    size = picture_size(base, how.size)
+    start = square(image, size).copy() if image else None        # of its own memory, as torch wants it
     seeds = range(a.seed, a.seed + a.n)
     made = generate(base, a.prompt, seeds, batch=a.batch, images=start, **vars(how))
     write_grid(made.images, a.n, a.out, a.zoom)

@@ -60,13 +60,13 @@ def open_image(
         notes.append('transparent, put on white')
     return image.convert('RGB'), notes
 
-# %% ../nbs/21_data.ipynb #a9ffd3d9
+# %% ../nbs/21_data.ipynb #68cb189b
 def square(
     image, # RGB picture
-    size,  # side of the square in pixels
-) -> np.ndarray: # bytes (size,size,3)
-    "Resize the shorter side with Lanczos' filter and crop the centre."
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+    size,  # side of the square in pixels, or (height, width) of another shape
+) -> np.ndarray: # bytes (height,width,3)
+    "Resize with Lanczos' filter until the target is covered, and crop the centre."
+    return np.asarray(ImageOps.fit(image, tuple(np.broadcast_to(size, 2).tolist())[::-1], Image.LANCZOS))
 
 # %% ../nbs/21_data.ipynb #13c6956c
 def read_text(

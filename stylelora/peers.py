@@ -78,7 +78,7 @@ def tiny_pipeline(
 
 BASES = dict(embedded=embedded_pipeline, sd15=tiny_pipeline, sdxl=lambda: tiny_pipeline(True)) # name -> maker
 
-# %% ../nbs/19_peers.ipynb #a19b3d8b
+# %% ../nbs/19_peers.ipynb #56d4ad90
 def published(
     part, # 'unet', 'text_encoder' or 'text_encoder_2'
     name, # of a layer in that network
@@ -97,7 +97,7 @@ def random_adapter(
         for i, n in enumerate(find_targets(net, 'conv' if part == 'unet' else text)):
             W, r = net.get_submodule(n).weight, 1 + i % 3
             A = torch.randn(r, *W.shape[1:], generator=g)*W[0].numel()**-.5
-            B = torch.randn(len(W), r, *[1]*(W.ndim - 2), generator=g)*.3
+            B = torch.randn(len(W), r, *[1]*(W.ndim - 2), generator=g)*.6
             state[published(part, n)] = dict(A=A, B=B, alpha=(.5, 2., 3., 1.)[i % 4])
     return state
 
@@ -174,7 +174,7 @@ def by_formula(
             found[published(part, n)] = delta.view(-1, *down.shape[1:])
     return found
 
-# %% ../nbs/19_peers.ipynb #0ad15fd1
+# %% ../nbs/19_peers.ipynb #5adf71b5
 def peer_adapter(
     pipe,  # a fresh pipeline, which gets the adapter
     peft,  # the module
@@ -190,7 +190,7 @@ def peer_adapter(
         config = peft.LoraConfig(r=4, lora_alpha=alpha, **(image if part == 'unet' else text))
         with quiet(): made[part] = peft.get_peft_model(getattr(pipe, part), config)
         for k, p in made[part].named_parameters():
-            if 'lora_B' in k: p.data.copy_(torch.randn(p.shape, generator=g)*.3)
+            if 'lora_B' in k: p.data.copy_(torch.randn(p.shape, generator=g)*.6)
     return made
 
 # %% ../nbs/19_peers.ipynb #2d224e54

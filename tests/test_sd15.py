@@ -166,8 +166,7 @@ def sweeps(home, study):
 
 def test_the_readers_of_the_paired_study_read_real_styles(sweeps):
     done, out = sweeps
-    for part, table in done.items():
-        assert set(table.status) <= {'done', 'skipped'} and 'failed' not in set(table.status), table.to_string()
+    for table in done.values(): assert set(table.status) <= {'done', 'skipped'}, table.to_string()
     changed = read_json(out/'results'/'sd15_e2_changes.json')
     assert {c['metric'] for c in changed} >= {'CSD style'} and {c['sampler'] for c in changed} == {'euler'}
     figures = {f.name for f in (out/'figures').glob('*')}

@@ -2,8 +2,8 @@
 
     python tools/measure_cost.py [--device cuda] [--name "two cores of …"]
 
-The networks have the published sizes; what the weights are does not change the time. Needs 3.5 GB of disk for a moment and about
-12 GB of memory on a CPU. The result goes to reports/results/sd15_costs.json, which `stylelora study --profile sd15 --dry-run` reads on
+The networks have the published sizes; what the weights are does not change the time. Needs 2 GB of disk for a moment, and on a
+CPU the memory that the result records as peak_mb. The result goes to reports/results/sd15_costs.json, which `stylelora study --profile sd15 --dry-run` reads on
 machines that have no copy of the base.
 """
 import argparse, sys, tempfile
