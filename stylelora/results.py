@@ -62,10 +62,10 @@ def to_rows(
     long = wide.melt(id_vars=keys, value_vars=list(scores), var_name='metric', value_name='value')
     return check_rows(long.dropna(subset='value').astype(dict(value=float)))
 
-# %% ../nbs/61_results.ipynb #9dc462ee
+# %% ../nbs/61_results.ipynb #ec221d2e
 def short_floats(
     values, # numbers (n,)
-    bits=11, # significant bits that are kept
+    bits=9, # significant bits that are kept
 ) -> np.ndarray: # float32 (n,)
     "Round numbers to a few significant bits; whole numbers up to 2**bits stay as they are."
     mantissa, exponent = np.frexp(np.asarray(values, float))
@@ -75,10 +75,11 @@ def write_table(
     frame, # the table
     path,  # parquet file
     short=('value',), # columns whose numbers are rounded, see `short_floats`
+    bits=9, # significant bits that are kept in those columns
 ) -> Path: # the file
     "Write a table as parquet, atomically, small, and equal for equal content."
     packed = [c for c in short if c in frame]
-    frame = frame.assign(**{c: short_floats(frame[c]) for c in packed})
+    frame = frame.assign(**{c: short_floats(frame[c], bits) for c in packed})
     frame.to_parquet(buffer := io.BytesIO(), index=False, compression='zstd', compression_level=19,
                      use_dictionary=[c for c in frame if c not in packed],
                      column_encoding={c: 'BYTE_STREAM_SPLIT' for c in packed} or None)
@@ -226,7 +227,7 @@ def wanted_rows(
     full = stored[~stored.metric.isin(names)].run_id.unique()
     return rows[rows.metric.isin(names) & ~rows.run_id.isin(full)]
 
-# %% ../nbs/61_results.ipynb #6f53a241
+# %% ../nbs/61_results.ipynb #4e2e89c8
 def metric_of(
     name, # column `metric`
 ) -> Metric: # how it is printed
@@ -242,10 +243,9 @@ def interval_text(
     "Print an estimate with its unit and its interval."
     m = metric_of(metric)
     number = lambda v, s=sign: f'{v*m.scale:{"+" if s else ""}.{m.digits}f}'.replace('-', '−')
-    unit = f' {m.unit}' if m.unit else ''
     if short: return f'{number(interval.estimate)} [{number(interval.low)}, {number(interval.high)}]'
     ends = f'{100*interval.level:g} % interval {number(interval.low)} to {number(interval.high)}'
-    return f'{number(interval.estimate)}{unit} ({ends})'
+    return f'{number(interval.estimate)} {m.unit}'.rstrip() + f' ({ends})'
 
 # %% ../nbs/61_results.ipynb #0b60035c
 def value(

@@ -18,7 +18,7 @@ from .metrics import (ClipScorer, Evaluator, as_images, content_similarity, psnr
 from .paired import style_scores
 from .perceptual import Lite0, embed_maps, perceptual
 
-# %% ../nbs/56_score.ipynb #dc7c3d62
+# %% ../nbs/56_score.ipynb #77bfa470
 def pick_evaluator(
     name='embedded', # 'embedded', a folder, or 'untrained' (random weights, for tests only)
     device='cpu',    # where it runs
@@ -27,8 +27,9 @@ def pick_evaluator(
     if name != 'untrained':
         return Evaluator.from_folder(assets()/'evaluator' if name == 'embedded' else name).to(device)
     net, g = Evaluator(), generator('untrained evaluator')
-    for p in net.parameters():
+    for k, p in net.named_parameters():
         if p.ndim > 1: p.data.copy_(torch.randn(p.shape, generator=g)*p[0].numel()**-.5)
+        elif k.endswith('bias'): p.data.zero_()
     return net.to(device).eval()
 
 def optional(

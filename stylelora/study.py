@@ -6,15 +6,15 @@
 __all__ = ['thin_curve', 'store_history', 'store_pictures', 'pictured', 'drop_pictures', 'store_plan', 'owned', 'drop_unplanned',
            'gather', 'lighter', 'figure_of', 'lean_outputs', 'show_notebook', 'reading_runs', 'publish', 'run_study']
 
-# %% ../nbs/63_study.ipynb #55157742
+# %% ../nbs/63_study.ipynb #fb567f5d
 import base64, io, json, re, shutil
 from pathlib import Path
 import pandas as pd
 from PIL import Image
 from .core import hash_files, read_json, root, write_atomic, write_json
-from .params import Run, complete_parameters
+from .params import Run, complete_parameters, declared
 from .plots import fewer_colours
-from .plan import announce, known_runs, plan_runs, read_profile
+from .plan import announce, inputs_of, known_runs, plan_runs, read_profile
 from .results import append_results, append_runs, wanted_rows, write_table
 from .runs import is_complete, report, run_batch
 
@@ -30,7 +30,7 @@ def thin_curve(
     how = {c: 'mean' if c in ('loss', 'grad_norm') else 'last' for c in curve}
     return curve.groupby(ends[::-1].cumsum()[::-1], sort=False).agg(how).reset_index(drop=True)
 
-# %% ../nbs/63_study.ipynb #33040215
+# %% ../nbs/63_study.ipynb #fa99da32
 def store_history(
     ids,     # identities of training runs whose folders are here
     runs,    # folder where the folders of runs are
@@ -46,7 +46,7 @@ def store_history(
     if not len(table): return
     table = table[table.run_id.isin(keep)].sort_values(['run_id', 'step'], ignore_index=True)
     if len(table): table = pd.concat([thin_curve(t) for _, t in table.groupby('run_id')], ignore_index=True)
-    write_table(table, path, table.select_dtypes('floating').columns)
+    write_table(table, path, table.select_dtypes('floating').columns, bits=11)     # losses differ little
 
 # %% ../nbs/63_study.ipynb #5d88362e
 def store_pictures(
@@ -107,15 +107,16 @@ def owned(name, results): # of a profile; folder with plans.json
     plans = {k: {r['id'] for r in rows} for k, rows in read_json(Path(results)/'plans.json').items()}
     return plans.pop(name).difference(*plans.values())
 
-# %% ../nbs/63_study.ipynb #d430389b
+# %% ../nbs/63_study.ipynb #1fedf9ef
 def drop_unplanned(
     path, # parquet file with a column run_id
     keep, # identities that belong to some plan
 ):
     "Drop the rows of runs that no profile knows any more."
-    if not path.exists() or (table := pd.read_parquet(path)).run_id.isin(keep).all(): return
+    if not path.exists() or 'run_id' not in (table := pd.read_parquet(path)): return
+    if table.run_id.isin(keep).all(): return
     table = table[table.run_id.isin(keep)]
-    write_table(table, path, ('value',) if 'metric' in table else table.select_dtypes('float32').columns)
+    write_table(table, path, table.select_dtypes('float32').columns, bits=11)     # they are rounded already
 
 # %% ../nbs/63_study.ipynb #b02d6ba9
 def gather(
@@ -201,20 +202,22 @@ def show_notebook(
         cell['source'] = text.replace('](../', '](../../../nbs/') if cell['cell_type'] == 'markdown' else text
     write_json(target, nb)
 
-# %% ../nbs/63_study.ipynb #450f1e61
+# %% ../nbs/63_study.ipynb #bce9dcb4
 def reading_runs(
     profile, # from `read_profile`
     results, # folder of results
 ) -> list:   # of Run
-    "List the runs that read results."
+    "List the runs that read results, and the searches."
     results = Path(results)
     names = f'{profile["experiment"]}.parquet', 'runs.parquet', 'history.parquet', 'plans.json'
     marks = {n: hash_files(results/n)[:16] for n in names if (results/n).exists()}
     where = str(results.relative_to(root()) if results.is_relative_to(root()) else results)
     def run(notebook, **more):
-        given = dict(results=where, profile=profile['name']) | more
+        known = declared(root()/notebook)
+        given = {k: v for k, v in dict(results=where, profile=profile['name']).items() if k in known} | more
         given = complete_parameters(root()/notebook, given, Path(notebook).name)
-        inputs = marks | dict(notebook=hash_files(root()/notebook)[:16])
+        inputs = marks if 'results' in known else inputs_of(given)
+        inputs = inputs | dict(notebook=hash_files(root()/notebook)[:16])
         name = more.get('knob', Path(notebook).stem).replace('.', '_')
         return Run(notebook, profile['experiment'], name, given, inputs)
     return [run(**r) if isinstance(r, dict) else run(r) for r in profile['read']]

@@ -77,6 +77,22 @@ def test_an_adapter_of_strength_zero_is_the_bare_base(study):
     assert (skill.loc["L1", 1.] - skill.loc["no_lora", 1.]).abs().max() > 1e-3
 
 
+def test_an_interrupted_search_goes_on_where_it_was(tmp_path):
+    first = run_study("smoke_tune", out=tmp_path)
+    assert set(first.status) == {"done"} and (tmp_path/"figures"/"tune_smoke.svg").stat().st_size
+    assert set(run_study("smoke_tune", out=tmp_path).status) == {"skipped"}
+    done = tmp_path/"runs"/"_sweep"/first.id[0]
+    table = pd.read_parquet(tmp_path/"results"/"tune_smoke.parquet")
+    kept, lost = sorted((done/"tried").glob("*.parquet"))
+    lost.unlink(), (done/"manifest.json").unlink()                            # as a kill in the second setting leaves it
+    half = done.rename(done.with_name(f".{done.name}.partial"))
+    before = (half/"tried"/kept.name).stat().st_mtime_ns
+    assert set(run_study("smoke_tune", out=tmp_path).status) == {"done"}
+    assert (done/"tried"/kept.name).stat().st_mtime_ns == before
+    again = pd.read_parquet(tmp_path/"results"/"tune_smoke.parquet")
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), table.drop(columns="seconds"))
+
+
 def test_a_killed_study_ends_with_the_same_adapter(study, tmp_path):
     code = f"from stylelora.study import run_study; run_study('smoke', out={str(tmp_path)!r})"
     run = subprocess.Popen([sys.executable, "-c", code], cwd=root(), start_new_session=True,
