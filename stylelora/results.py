@@ -62,10 +62,10 @@ def to_rows(
     long = wide.melt(id_vars=keys, value_vars=list(scores), var_name='metric', value_name='value')
     return check_rows(long.dropna(subset='value').astype(dict(value=float)))
 
-# %% ../nbs/61_results.ipynb #ec221d2e
+# %% ../nbs/61_results.ipynb #d72fd55d
 def short_floats(
     values, # numbers (n,)
-    bits=9, # significant bits that are kept
+    bits=8, # significant bits that are kept
 ) -> np.ndarray: # float32 (n,)
     "Round numbers to a few significant bits; whole numbers up to 2**bits stay as they are."
     mantissa, exponent = np.frexp(np.asarray(values, float))
@@ -75,7 +75,7 @@ def write_table(
     frame, # the table
     path,  # parquet file
     short=('value',), # columns whose numbers are rounded, see `short_floats`
-    bits=9, # significant bits that are kept in those columns
+    bits=8, # significant bits that are kept in those columns
 ) -> Path: # the file
     "Write a table as parquet, atomically, small, and equal for equal content."
     packed = [c for c in short if c in frame]
