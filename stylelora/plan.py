@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'read_yaml', 'read_profile', 'fingerprint', 'inputs_of', 'make_runs', 'training_runs', 'evaluations_of',
-           'mixtures_of', 'plan_runs', 'known_runs', 'announce']
+           'mixtures_of', 'plan_runs', 'known_runs', 'read_plans', 'store_plan', 'announce']
 
-# %% ../nbs/62_plan.ipynb #485fdb6c
+# %% ../nbs/62_plan.ipynb #9b0b0512
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ import yaml
 from .core import assets, hash_files, human_time, root
 from .cost import cost_lines
 from .params import Loader, Run, complete_parameters, declared, expand, unknown
-from .results import KEPT, completed
+from .results import KEPT, completed, write_table
 from .runs import is_complete
 from .sources import source_files
 
@@ -159,7 +159,32 @@ def known_runs(
     missing = {r.parameters.get(k) for r in absent for k in ('adapter', 'blend_with')}
     return {r.id for r in plan if r.id in stored and r.id not in missing}
 
-# %% ../nbs/62_plan.ipynb #d74468bc
+# %% ../nbs/62_plan.ipynb #2e95d0f8
+def read_plans(
+    results, # folder of results
+) -> dict:   # name of a profile to its runs: dicts of id, kind, arm, label, experiment, adapter
+    "Read which runs belong to which profile; a profile without runs has no entry."
+    path, plans = Path(results)/'plans.parquet', {}
+    rows = pd.read_parquet(path).to_dict('records') if path.exists() else []
+    for r in rows: plans.setdefault(r.pop('profile'), []).append(r)
+    return plans
+
+def store_plan(
+    profile, # from `read_profile`
+    plan,    # list of Run
+    results, # folder of results
+) -> set:    # identities that belong to any profile
+    "Record the plan of a profile beside those of the others."
+    kind = lambda r: 'evaluate' if r.notebook == profile['evaluator'] else 'train'
+    mine = [dict(id=r.id, kind=kind(r), arm=r.arm, label=r.label, experiment=r.experiment,
+                 adapter=r.parameters.get('adapter', '')) for r in plan]
+    plans = read_plans(results) | {profile['name']: mine}
+    rows = [dict(profile=k, **r) for k, rows in plans.items() for r in rows]
+    columns = ['profile', 'id', 'kind', 'arm', 'label', 'experiment', 'adapter']
+    write_table(pd.DataFrame(rows, columns=columns), Path(results)/'plans.parquet', ())
+    return {r['id'] for r in rows}
+
+# %% ../nbs/62_plan.ipynb #f933955f
 def announce(
     profile, # from `read_profile`
     plan,    # list of Run
@@ -177,4 +202,6 @@ def announce(
     names = [f'{Path(r.notebook).stem} {r.arm}' for r in todo]
     groups = pd.Series(names, dtype=object).value_counts(sort=False)
     lines += [f'  {n} × {name}' for name, n in groups.items()]
+    readers = [Path(r['notebook'] if isinstance(r, dict) else r).stem for r in profile['read']]
+    if readers: lines.append(f'  then, unless up to date: {", ".join(readers)}')
     return '\n'.join(lines + (cost_lines(todo) if large and todo else []))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['with_parameters', 'sweep', 'draw_sweep', 'sheet_of', 'tiles', 'strip', 'short_title', 'show_strip']
 
-# %% ../nbs/67_sweeps.ipynb #2945d8d8
-import json
+# %% ../nbs/67_sweeps.ipynb #c2871136
+import json, textwrap
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -109,13 +109,13 @@ def strip(
     if truth: shown.append(tiles(results, next(iter(runs.values()))[0], 'truth')[0][:n])
     return shown, [*rows, *(['truth'] if truth else [])], concepts
 
-# %% ../nbs/67_sweeps.ipynb #24a1c065
+# %% ../nbs/67_sweeps.ipynb #ec72fe41
 def short_title(
     name, # name of a concept
-    n=15, # letters that are kept
+    n=11, # letters in a line
 ) -> str: # one or two lines
     "Make a title for a narrow column."
-    return name[:n].replace(' ', '\n', 1)
+    return '\n'.join(textwrap.wrap(name, n, max_lines=2, placeholder='…'))
 
 # %% ../nbs/67_sweeps.ipynb #690606e3
 def show_strip(
