@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from stylelora.cli import main, write_grid
+from stylelora.cli import main
 from stylelora.core import assets
 from stylelora.generate import generate
 from stylelora.models import load_base
+from stylelora.pictures import write_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("study", "train", "sample", "report")
@@ -148,3 +149,37 @@ def test_report_says_what_is_missing(capsys, tmp_path, monkeypatch):
     (tmp_path/"full").mkdir()
     (tmp_path/"full"/"file").write_text("x")
     assert "not a site" in fails(capsys, "report", "--out", tmp_path/"full")
+
+def test_a_training_that_was_stopped_goes_on(capsys, tmp_path, pictures, monkeypatch):
+    import stylelora.train
+    after, whole, part = stylelora.train.after_step, tmp_path/"whole.safetensors", tmp_path/"part.safetensors"
+    words = ["train", str(pictures), "--base", "tiny", "--steps", "8", "--set", "save_every=3", "--out"]
+    assert main([*words, str(whole)]) == 0
+    def pulled(run, *rest):                                        # the plug, at step 7, when step 6 was written
+        after(run, *rest)
+        if run.step == 7: raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(stylelora.train, "after_step", pulled)
+        assert main([*words, str(part)]) == 130
+    assert not part.exists() and (tmp_path/"part.work"/"checkpoint.safetensors").exists()
+    capsys.readouterr()
+    assert "another training" in fails(capsys, *words, part, "--seed", 1)
+    steps = []
+    with monkeypatch.context() as m:
+        m.setattr(stylelora.train, "after_step", lambda run, *rest: (steps.append(run.step), after(run, *rest)))
+        assert main([*words, str(part)]) == 0
+    assert steps == [7, 8] and part.read_bytes() == whole.read_bytes()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["part.safetensors", "whole.safetensors"]
+
+def test_nothing_is_replaced_or_computed_in_vain(capsys, tmp_path, pictures, monkeypatch):
+    def never(*_, **__): raise AssertionError("the model was loaded")
+    monkeypatch.setattr("stylelora.models.load_base", never)
+    file = tmp_path/"a.safetensors"
+    file.write_bytes(b"hours of work")
+    assert "--force" in fails(capsys, "train", pictures, "--out", file)
+    assert "end in .png" in fails(capsys, "sample", "x", "--out", file)
+    assert file.read_bytes() == b"hours of work"
+    monkeypatch.undo()
+    assert "a.safetensors" in fails(capsys, "train", pictures, "--base", "tiny", "--out", file/"b.safetensors")
+    assert main(["train", str(pictures), "--base", "tiny", "--steps", "1", "--out", str(file), "--force"]) == 0
+    assert file.read_bytes() != b"hours of work"
