@@ -183,7 +183,7 @@ def check_texts(
             if n > limit: rows.append((f, 'warning', f'caption of {n} tokens, cut to {limit}', 'shorten it'))
     return rows
 
-# %% ../nbs/21_data.ipynb #7cd19544
+# %% ../nbs/21_data.ipynb #206e7888
 LEVELS = ('error', 'warning', 'note') # training is refused; look at it; handled for you
 
 def check_folder(
@@ -201,11 +201,11 @@ def check_folder(
         if pixels and (twin := seen.setdefault(pixels, f)) != f:
             rows.append((f, 'warning', f'same picture as {twin.name}', 'delete one of them'))
     table = pd.DataFrame(rows, columns=['file', 'level', 'problem', 'fix'])
-    table['file'] = [str(f.relative_to(folder)) if f != folder else '.' for f in table.file]
+    table['file'] = [str(f.relative_to(folder)) if f != folder else 'the folder' for f in table.file]
     table['level'] = pd.Categorical(table.level, LEVELS, ordered=True)
     return table.sort_values(['level', 'file'], ignore_index=True)
 
-# %% ../nbs/21_data.ipynb #08f7b211
+# %% ../nbs/21_data.ipynb #60309873
 @dataclass
 class Pictures:
     "Hold the pictures of a training: bytes, captions and where they came from."
@@ -225,7 +225,7 @@ def load_images(
     report, captions = check_folder(folder, size, template, style, base), read_captions(folder)
     if len(bad := report[report.level == 'error']):
         listed = '; '.join(f'{r.file}: {r.problem} ({r.fix})' for r in bad.head(8).itertuples())
-        raise ValueError(f'{folder}: {len(bad)} problems must be solved before training. {listed}')
+        raise ValueError(f'{folder}: {len(bad)} to solve before training: {listed}')
     files = list_images(Path(folder).expanduser())
     images = np.stack([square(open_image(f)[0], size) for f in files])
     texts = [fill(template, **fields_of(f, captions, style)) for f in files]
