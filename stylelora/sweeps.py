@@ -109,13 +109,13 @@ def strip(
     if truth: shown.append(tiles(results, next(iter(runs.values()))[0], 'truth')[0][:n])
     return shown, [*rows, *(['truth'] if truth else [])], concepts
 
-# %% ../nbs/67_sweeps.ipynb #ec72fe41
+# %% ../nbs/67_sweeps.ipynb #ed7dcde4
 def short_title(
     name, # name of a concept
-    n=11, # letters in a line
+    n=9,  # letters in a line; a longer word stays whole
 ) -> str: # one or two lines
     "Make a title for a narrow column."
-    return '\n'.join(textwrap.wrap(name, n, max_lines=2, placeholder='…'))
+    return '\n'.join(textwrap.wrap(name, n, break_long_words=False, max_lines=2, placeholder='…'))
 
 # %% ../nbs/67_sweeps.ipynb #690606e3
 def show_strip(
