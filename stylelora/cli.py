@@ -84,7 +84,7 @@ def settings_of(
     kind_of(a.out)
     return how
 
-# %% ../nbs/69_cli.ipynb #29093a63
+# %% ../nbs/69_cli.ipynb #f4db5882
 def run_sample(
     a, # parsed options
 ):
@@ -94,8 +94,8 @@ def run_sample(
     from stylelora.formats import load_adapter
     from stylelora.generate import generate, picture_size
     from stylelora.models import load_base
-    from stylelora.pictures import read_picture, write_grid
-    how, image = settings_of(a), read_picture(a.image) if a.image else None
+    from stylelora.pictures import start_picture, write_grid
+    how, image = settings_of(a), start_picture(a.image) if a.image else None
     if a.lora: files_of(a.lora)                              # is it there at all?
     base = load_base(a.base, a.device, vae=a.vae)
     if a.lora: load_adapter(base, a.lora, a.scale)

@@ -7,7 +7,7 @@
 The text form: a line `# %%` opens a code cell, `# %% [markdown]` a markdown cell (raw markdown follows), and
 `# %% tags=parameters` a code cell with a tag. Cell ids are derived from the content, so they are stable.
 """
-import base64, hashlib, re, sys
+import base64, hashlib, io, re, sys
 from pathlib import Path
 import nbformat
 
@@ -36,9 +36,10 @@ def from_text(text, old=None):
 
 def fewer(png):
     "Store a figure with a palette: its bytes stay in git for ever."
-    from stylelora.plots import fewer_colours
-    small = base64.b64encode(fewer_colours(base64.b64decode(png), 0)).decode()
-    return min(small, png, key=len)
+    from PIL import Image
+    page = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    page.quantize(64).save(out := io.BytesIO(), "PNG", optimize=True)
+    return min(base64.b64encode(out.getvalue()).decode(), png, key=len)
 
 def run(path, timeout=1800):
     from nbclient import NotebookClient
