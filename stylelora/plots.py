@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'VENDOR_PALETTE', 'colour', 'setup_style', 'axes', 'to_rgb', 'canvas', 'image_grid', 'curve', 'band',
-           'reference', 'scatter_ci', 'forest', 'radar', 'shorter_svg', 'fewer_colours', 'save_figure']
+           'reference', 'scatter_ci', 'forest', 'radar', 'shorter_svg', 'save_figure']
 
-# %% ../nbs/01_plots.ipynb #e57a0841
+# %% ../nbs/01_plots.ipynb #67a354bf
 import io, re
 from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
 from .core import seed_of, write_atomic
 
 # %% ../nbs/01_plots.ipynb #5edcc261
@@ -229,16 +228,6 @@ def shorter_svg(
         digits = rb'(\d\.\d)\d+' if len(less) > 300 else rb'(\d\.\d\d)\d+'          # curves, points
         return less if b'scale(' in less else re.sub(digits, rb'\1', less)
     return re.sub(rb'>\s+<', b'><', re.sub(rb'<[^>]*>', tag, svg))
-
-# %% ../nbs/01_plots.ipynb #57213e94
-def fewer_colours(
-    png,   # bytes of a PNG
-    limit, # bytes that are allowed
-) -> bytes: # the same picture
-    "Keep a PNG that is small enough, else give it a palette of 256 colours."
-    if len(png) <= limit: return png
-    Image.open(io.BytesIO(png)).convert('RGB').quantize(256).save(out := io.BytesIO(), 'PNG', optimize=True)
-    return out.getvalue()
 
 # %% ../nbs/01_plots.ipynb #8a4711e9
 def save_figure(

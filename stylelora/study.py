@@ -6,14 +6,14 @@
 __all__ = ['thin_curve', 'store_history', 'store_pictures', 'pictured', 'drop_pictures', 'owned', 'drop_unplanned', 'gather',
            'lighter', 'figure_of', 'lean_outputs', 'show_notebook', 'reading_runs', 'publish', 'run_study']
 
-# %% ../nbs/63_study.ipynb #aa657f39
+# %% ../nbs/63_study.ipynb #f91835db
 import base64, io, re, shutil
 from pathlib import Path
+import numpy as np
 import pandas as pd
 from PIL import Image
 from .core import hash_files, read_json, root, write_atomic, write_json
 from .params import Run, complete_parameters, declared
-from .plots import fewer_colours
 from .plan import announce, inputs_of, known_runs, plan_runs, read_plans, read_profile, store_plan
 from .results import append_results, append_runs, wanted_rows, write_table
 from .runs import is_complete, report, run_batch
@@ -125,19 +125,20 @@ def gather(
     store_pictures([i for i in here if i in wanted], runs, results)
     drop_pictures(results, keep - mine | wanted)
 
-# %% ../nbs/63_study.ipynb #1f498912
+# %% ../nbs/63_study.ipynb #ec8fc18f
 def lighter(
     png, # base64 text of a PNG
-    limit=18_000, # characters that are allowed
+    limit=12_000, # characters that are allowed
 ) -> str: # the same picture with a palette, and smaller if it must be
-    "Reduce a picture to a palette, which shrinks grids of drawings to a third; then its size."
-    page, side = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB'), 1.
-    while True:
-        page.resize([round(side*n) for n in page.size], Image.LANCZOS).save(raw := io.BytesIO(), 'PNG')
-        small = base64.b64encode(fewer_colours(raw.getvalue(), 0)).decode()
-        if min(len(small), len(png)) <= limit or side < .3: break
-        side *= .85
-    return small if len(small) < len(png) else png
+    "Reduce a picture to a palette, and its size only where that is not enough."
+    page = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
+    for side in .9**np.arange(12):
+        part = page.resize([round(side*n) for n in page.size], Image.LANCZOS)
+        for colours in (256, 64, 32):
+            part.quantize(colours).save(out := io.BytesIO(), 'PNG', optimize=True)
+            small = base64.b64encode(out.getvalue()).decode()
+            if min(len(small), len(png)) <= limit: return min(png, small, key=len)
+    return small
 
 # %% ../nbs/63_study.ipynb #d3c8b8eb
 def figure_of(
