@@ -50,8 +50,7 @@ def test_a_mixture_comes_after_both_of_its_trainings():
 def test_the_full_study_mixes_adapters_that_it_trains_anyway():
     trained = {r.id for name in ("full_E1", "full_E4") for r in training_runs(read_profile(name))}
     mine = training_runs(read_profile("full_E5"))
-    alone = {(r.parameters["vendor"], r.parameters["train_seed"]) for r in mine if r.id not in trained}
-    assert len(mine) == 6 and alone == {("ink", 1), ("ink", 2)}                                # E4 has one seed
+    assert len(mine) == 6 and {r.id for r in mine} <= trained
     assert "full_E5" in read_profile("full")["parts"]
 
 
