@@ -41,7 +41,7 @@ def add_options(
         elif name.endswith('+'): how |= dict(nargs='+')
         parser.add_argument(name.rstrip('+'), **how)
 
-# %% ../nbs/69_cli.ipynb #b1d04270
+# %% ../nbs/69_cli.ipynb #0b104573
 MODEL = """
 --base ='embedded'  the model: embedded, tiny (random), a diffusers folder, a .safetensors file or a hub id
 --vae BASE          another autoencoder for it: a diffusers folder, a .safetensors file or a hub id
@@ -65,7 +65,7 @@ prompt+            what to draw; several prompts make several rows
 --strength =.7     share of the steps to walk from it: little keeps the picture, 1 forgets it
 --batch =16        pictures drawn at a time
 --zoom =1          enlarge every pixel so many times
---out ='grid.png'  where the picture goes""" + MODEL
+--out ='grid.png'  where the picture goes; one that is there is replaced""" + MODEL
 
 # %% ../nbs/69_cli.ipynb #309fa842
 def settings_of(
