@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'SAMPLE', 'TRAIN', 'STUDY', 'REPORT', 'ABOUT', 'TEXTS', 'EXPECTED', 'Parser', 'add_options', 'settings_of',
-           'run_sample', 'config_of', 'load_pictures', 'places_of', 'run_train', 'start_study', 'build', 'make_parser',
-           'main']
+           'run_sample', 'config_of', 'load_pictures', 'places_of', 'clear', 'run_train', 'start_study', 'build',
+           'make_parser', 'main']
 
-# %% ../nbs/69_cli.ipynb #64563149
-import argparse, ast, re, shutil, sys
+# %% ../nbs/69_cli.ipynb #d8fa5afb
+import argparse, ast, contextlib, re, sys
 from functools import partial
 from pathlib import Path
 from . import file_commands
@@ -154,7 +154,7 @@ def load_pictures(
     print(f'{len(found.images)} pictures, scaled to {base.size} pixels; first caption: {found.captions[0]!r}')
     return found
 
-# %% ../nbs/69_cli.ipynb #475df463
+# %% ../nbs/69_cli.ipynb #47ef4807
 def places_of(
     a, # parsed options of `train`
 ):     # the file that will be written, and the folder of its checkpoints
@@ -163,7 +163,14 @@ def places_of(
     file = target_of(a.out, force=a.force)
     return file, Path(a.work or file.with_suffix('.work')).expanduser()
 
-# %% ../nbs/69_cli.ipynb #6260f21a
+def clear(work): # folder of checkpoints
+    "Remove what a training has left there; anything else stays, and then the folder does too."
+    from stylelora.files import FILE
+    from stylelora.train import CHECKPOINT
+    for name in (CHECKPOINT, FILE): (work/name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError): work.rmdir()
+
+# %% ../nbs/69_cli.ipynb #99851c7e
 def run_train(
     a, # parsed options
 ):
@@ -187,7 +194,7 @@ def run_train(
     data = data_hash(pictures.images, pictures.captions)
     about = dict(schedule=a.schedule, base=base.name, base_hash=base.hash, data=data)
     save_lora(base.unet, file, vars(config) | arm | about)
-    if not a.work: shutil.rmtree(work, ignore_errors=True)
+    if not a.work: clear(work)
     print(f'{file} after {config.steps} steps, last loss {done.loss.iloc[-1]:.4f}')
 
 # %% ../nbs/69_cli.ipynb #9b0f4343
