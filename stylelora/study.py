@@ -125,16 +125,17 @@ def gather(
     store_pictures([i for i in here if i in wanted], runs, results)
     drop_pictures(results, keep - mine | wanted)
 
-# %% ../nbs/63_study.ipynb #ec8fc18f
+# %% ../nbs/63_study.ipynb #619e3937
 def lighter(
     png, # base64 text of a PNG
     limit=12_000, # characters that are allowed
+    palettes=(256, 64, 32), # numbers of colours to try, at each size
 ) -> str: # the same picture with a palette, and smaller if it must be
     "Reduce a picture to a palette, and its size only where that is not enough."
     page = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
     for side in .9**np.arange(12):
         part = page.resize([round(side*n) for n in page.size], Image.LANCZOS)
-        for colours in (256, 64, 32):
+        for colours in palettes:
             part.quantize(colours).save(out := io.BytesIO(), 'PNG', optimize=True)
             small = base64.b64encode(out.getvalue()).decode()
             if min(len(small), len(png)) <= limit: return min(png, small, key=len)

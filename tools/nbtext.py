@@ -7,7 +7,7 @@
 The text form: a line `# %%` opens a code cell, `# %% [markdown]` a markdown cell (raw markdown follows), and
 `# %% tags=parameters` a code cell with a tag. Cell ids are derived from the content, so they are stable.
 """
-import base64, hashlib, io, re, sys
+import hashlib, re, sys
 from pathlib import Path
 import nbformat
 
@@ -34,15 +34,9 @@ def from_text(text, old=None):
         nb.cells.append(cell)
     return nb
 
-def fewer(png):
-    "Store a figure with a palette: its bytes stay in git for ever."
-    from PIL import Image
-    page = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    page.quantize(64).save(out := io.BytesIO(), "PNG", optimize=True)
-    return min(base64.b64encode(out.getvalue()).decode(), png, key=len)
-
 def run(path, timeout=1800):
     from nbclient import NotebookClient
+    from stylelora.study import lighter
     nb = nbformat.read(path, 4)
     NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}).execute()
     for c in nb.cells:
@@ -50,7 +44,7 @@ def run(path, timeout=1800):
         if c.cell_type == "code": c.execution_count = None
         for o in c.get("outputs", []):
             if "execution_count" in o: o["execution_count"] = None
-            if "image/png" in o.get("data", {}): o["data"]["image/png"] = fewer(o["data"]["image/png"])
+            if "image/png" in o.get("data", {}): o["data"]["image/png"] = lighter(o["data"]["image/png"], 40_000, (64,))
     nb.metadata = nbformat.from_dict(KERNEL)
     nbformat.write(nb, path)
 
