@@ -11,13 +11,14 @@ SCRIPT = '''
     from stylelora.steps import TrainConfig
     from stylelora.train import train
     torch.set_num_threads(1)
+    def say(text): os.write(1, f"{text}\\n".encode())              # at once: two processes share the pipe
     folder, stop_at, rank = sys.argv[1], int(sys.argv[2]), int(os.environ.get("RANK", 0))
     base = tiny_base()
     data = torch.randn(8, 4, 8, 8, generator=generator("data")), encode_text(base, [f"thing {i}" for i in range(8)])
     config = TrainConfig(steps=6, lr=1e-2, rank=2, batch_size=5, targets="attention", caption_dropout=.3, val_every=2,
                          save_every=2, accumulate=2)
     def tell(step, base):
-        print(f"rank {rank} sample {step}", flush=True)
+        say(f"rank {rank} sample {step}")
     if stop_at and rank == 1:                                    # only the second process is interrupted
         import stylelora.train as t
         plain = t.advance
@@ -27,8 +28,8 @@ SCRIPT = '''
         t.advance = advance
     try:
         table = train(base, *data, config=config, val=data, folder=folder, on_sample=tell, progress=False)
-        print(f"rank {rank} ends after {len(table)} rows, loss {table.loss.iloc[-1]:.4f}", flush=True)
-    except KeyboardInterrupt as e: print(f"rank {rank} {e}", flush=True)
+        say(f"rank {rank} ends after {len(table)} rows, loss {table.loss.iloc[-1]:.4f}")
+    except KeyboardInterrupt as e: say(f"rank {rank} {e}")
 '''
 
 
