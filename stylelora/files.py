@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['FILE', 'to_tensors', 'adapter_config', 'pack', 'diffusers_bytes', 'save_state', 'save_lora', 'find_file',
-           'read_tensors', 'alpha_of', 'from_tensors', 'read_lora', 'load_lora']
+           'read_tensors', 'from_tensors', 'read_lora', 'load_lora']
 
-# %% ../nbs/13_files.ipynb #9a65051b
+# %% ../nbs/13_files.ipynb #91de049b
 import json, math, re, struct
 from collections import Counter
 from pathlib import Path
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from .core import pick_dtype, read_json, write_atomic
+from .spellings import alpha_of
 from .lora import load_state, lora_layers, lora_state
 
 # %% ../nbs/13_files.ipynb #6dbe9906
@@ -128,20 +129,6 @@ def _config(file, texts):
         return {k.removeprefix('unet.'): v for k, v in fields.items() if k.startswith('unet.')}
     beside = Path(file).parent/'adapter_config.json'
     return read_json(beside) if Path(file).name == 'adapter_model.safetensors' and beside.is_file() else {}
-
-# %% ../nbs/13_files.ipynb #a9cfbf02
-def alpha_of(
-    config, # LoraConfig fields, {} if the file has none
-    name,   # layer name
-    rank,   # rank of the layer
-) -> float: # lora_alpha such that the scale is lora_alpha / rank
-    "Find the lora_alpha of one layer; a file that says nothing means alpha = rank."
-    if odd := [k for k in ('use_dora', 'use_bdlora', 'lora_bias') if config.get(k)]:
-        raise ValueError(f'written with {odd[0]}={config[odd[0]]!r}: not a plain LoRA, not supported')
-    patterns = (config.get('alpha_pattern') or {}).items()
-    alpha = next((v for p, v in patterns if re.match(rf'(.*\.)?({p})$', name)), config.get('lora_alpha'))
-    if alpha is None: return float(rank)
-    return float(alpha)*(math.sqrt(rank) if config.get('use_rslora') else 1.)
 
 # %% ../nbs/13_files.ipynb #ec0689da
 _KEY = re.compile(r'(?:unet\.|base_model\.model\.)?(?!text_encoder|unet\.)(.+)\.lora_([AB])\.weight')

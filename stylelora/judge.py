@@ -6,7 +6,7 @@
 __all__ = ['FLOORS', 'CEILINGS', 'embed_grid', 'remember', 'Judge', 'appoint', 'memory_scores', 'score', 'grid_cells',
            'judge_for', 'reference_sets', 'nearest_training', 'reference_table']
 
-# %% ../nbs/55_judge.ipynb #351c7bb6
+# %% ../nbs/55_judge.ipynb #1475abb6
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from .core import assets, sha256_bytes, write_atomic
 from .grid import grid_images, load_grid
-from .metrics import Evaluator
+from .embedders import Evaluator
 from .paired import content_scores, copied, leaked, style_scores, unit
 from .perceptual import Lite0
 from .skill import Competitor, competitor, skill_scores

@@ -13,8 +13,8 @@ import torch
 from .core import assets, generator, pick_device
 from .grid import make_caption
 from .judge import Judge, embed_grid, judge_for, remember, score
-from .metrics import (ClipScorer, Evaluator, as_images, content_similarity, psnr, resized, ssim,
-                               style_similarity)
+from .embedders import ClipScorer, Evaluator, content_similarity, style_similarity
+from .metrics import as_images, psnr, resized, ssim
 from .paired import style_scores
 from .perceptual import Lite0, embed_maps, perceptual
 

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'SPELLINGS', 'split_parts', 'join_parts', 'dotted', 'from_sgm', 'to_sgm', 'parse_key', 'refuse_foreign',
-           'sort_tensors', 'to_state']
+           'sort_tensors', 'alpha_of', 'to_state']
 
-# %% ../nbs/131_spellings.ipynb #4689a537
-import re
+# %% ../nbs/131_spellings.ipynb #8e645571
+import math, re
 from collections import Counter
 import torch
-from .files import alpha_of
 
 # %% ../nbs/131_spellings.ipynb #332ecebb
 TEXT = ('text_encoder', 'text_encoder_2')
@@ -158,6 +157,20 @@ def sort_tensors(
     if unread and (strict or not found): raise ValueError(
         f'{file}: {len(unread)} of {len(tensors)} keys are not understood: {listed}')
     return found, spellings, unread
+
+# %% ../nbs/131_spellings.ipynb #a9cfbf02
+def alpha_of(
+    config, # LoraConfig fields, {} if the file has none
+    name,   # layer name
+    rank,   # rank of the layer
+) -> float: # lora_alpha such that the scale is lora_alpha / rank
+    "Find the lora_alpha of one layer; a file that says nothing means alpha = rank."
+    if odd := [k for k in ('use_dora', 'use_bdlora', 'lora_bias') if config.get(k)]:
+        raise ValueError(f'written with {odd[0]}={config[odd[0]]!r}: not a plain LoRA, not supported')
+    patterns = (config.get('alpha_pattern') or {}).items()
+    alpha = next((v for p, v in patterns if re.match(rf'(.*\.)?({p})$', name)), config.get('lora_alpha'))
+    if alpha is None: return float(rank)
+    return float(alpha)*(math.sqrt(rank) if config.get('use_rslora') else 1.)
 
 # %% ../nbs/131_spellings.ipynb #a04614a2
 def to_state(

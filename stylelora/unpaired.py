@@ -6,7 +6,7 @@
 __all__ = ['SIMILAR', 'load_scorers', 'RealPanel', 'look_with', 'embed_pictures', 'real_panel', 'panel_for', 'nearness', 'far',
            'score_real', 'crowd_scores', 'spread_of', 'real_sets']
 
-# %% ../nbs/585_unpaired.ipynb #d4051748
+# %% ../nbs/585_unpaired.ipynb #cb3ce154
 from dataclasses import dataclass
 import numpy as np
 import pandas as pd
@@ -14,7 +14,8 @@ import torch
 from .core import root
 from .distribution import distribution_table
 from .judge import remember
-from .metrics import ClipScorer, as_images, resized
+from .embedders import ClipScorer
+from .metrics import as_images, resized
 from .perceptual import lpips_distance, lpips_model
 from .scorers import (PickScore, load_csd, load_dinov2, load_inception, refuse_image_reward,
                                weights_folder)

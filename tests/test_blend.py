@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_parity import draw, pipeline
+from tests.test_parity import draw, pipeline
 from torch import nn
 
 from stylelora.adapters import Adapters

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-import chromium
+from tests import chromium
 from stylelora.base import tiny_base
 from stylelora.core import generator
 from stylelora.demo import DemoSettings, draw, fit_image

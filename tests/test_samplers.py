@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_parity import LINEAR, MODEL, SAMPLE, SD, SD_CONFIG, close, draw, pipeline, start, toy
+from tests.test_parity import LINEAR, MODEL, SAMPLE, SD, SD_CONFIG, close, draw, pipeline, start, toy
 
 from stylelora.base import tiny_base
 from stylelora.core import generator

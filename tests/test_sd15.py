@@ -13,7 +13,7 @@ from stylelora.cost import cost_lines
 from stylelora.files import read_lora
 from stylelora.models import load_base, save_base
 from stylelora.plan import announce, inputs_of, plan_runs, read_profile
-from stylelora.scorers import tiny_scorers
+from tests.fixtures import tiny_scorers
 from stylelora.study import run_study
 
 PARAMS = root()/'reports'/'params'

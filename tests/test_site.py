@@ -3,7 +3,7 @@ import re, shutil
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 import pytest
-import chromium
+from tests import chromium
 from stylelora.core import root
 from stylelora.site import RAW, build_site, check_site, read_config
 

@@ -15,12 +15,12 @@ from stylelora.blend import delta_of
 from stylelora.cli import main
 from stylelora.core import generator
 from stylelora.formats import kohya_bytes, kohya_name, load_adapter, read_adapter, save_adapter
-from stylelora.interop import LIMITS, certify, holds, make_row, summarise, write_certificate
+from .certificate import LIMITS, certify, holds, make_row, summarise, write_certificate
 from stylelora.lora import find_targets
-from stylelora.peers import BASES, clone, compare, peer_updates, random_adapter
+from .reference import BASES, clone, compare, peer_updates, random_adapter
 from stylelora.spellings import dotted, from_sgm, split_parts, to_sgm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT/'reports'/'results'/'interop.json'
 XL = dict(sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
           down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
