@@ -178,7 +178,7 @@ def run_train(
     from stylelora.data import LatentCache, data_hash, hold_out
     from stylelora.files import save_lora
     from stylelora.models import load_base
-    from stylelora.objective import Objective
+    from stylelora.noise.objective import Objective
     from stylelora.train import train
     config, (file, work) = config_of(a), places_of(a) if not a.check else (None, None)
     base, arm = load_base(a.base, a.device, vae=a.vae), dict(law=a.law, weight=a.weight, remap=a.remap)

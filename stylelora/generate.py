@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .base import Base, decode, denoiser, encode_image, encode_text, to_uint8
 from .core import generator, pick_precision, randn_each, slug, write_atomic, write_json
 from .sample import pick_sampler
-from .schedule import as_schedule
+from .noise.schedule import as_schedule
 from .steps import arithmetic
 
 # %% ../nbs/41_generate.ipynb #b97773b6

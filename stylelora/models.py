@@ -18,7 +18,7 @@ from .core import assets, hash_files, pick_device, pick_dtype, read_json
 from .networks import TINY
 from .parts import (PARTS, PICKLES, SECOND, check_base_folder, find_vae, first_line, load_part,
                              part_problem, wants_two, with_vae)
-from .schedule import schedule_from_config
+from .noise.schedule import schedule_from_config
 _all_ = ['Base', 'EpsModel', 'PARTS', 'PICKLES', 'check_base_folder', 'count_tokens', 'decode', 'denoiser',
          'encode_image', 'encode_text', 'make_base', 'part_problem', 'tiny_base', 'to_uint8']
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from .core import generator, pick_device, pick_dtype, sha256_bytes
 from .networks import published_unet, randomise, tiny_networks, tiny_tokenizer
-from .schedule import Schedule
+from .noise.schedule import Schedule
 
 # %% ../nbs/138_record.ipynb #c43c47aa
 @dataclass

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Callable
 import torch
-from .noise import brownian_noise, get_sigmas, iid_noise
+from .noise.sigmas import brownian_noise, get_sigmas, iid_noise
 
 # %% ../nbs/40_sample.ipynb #75700337
 def steps(

@@ -15,8 +15,8 @@ import torch
 from .base import Base, ask_unet, check_context
 from .core import generator, pick_dtype, randn_each
 from .lora import find_targets, lora_layers
-from .objective import Objective, diffusion_loss, sample_t, training_target
-from .schedule import add_noise
+from .noise.objective import Objective, diffusion_loss, sample_t, training_target
+from .noise.schedule import add_noise
 
 # %% ../nbs/30_steps.ipynb #c2dcd4d0
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from .base import Base, encode_text, same_sizes
 from .core import seed_of, write_atomic
 from .files import save_lora
 from .lora import lora_layers
-from .objective import Objective
+from .noise.objective import Objective
 from .processes import add_up, any_of
 from .state import (Run, check_same, describe, history, pack_run, read_checkpoint, restore, settle,
                              start)

@@ -19,10 +19,10 @@ from stylelora.files import load_lora, read_lora, save_lora
 from stylelora.generate import generate
 from stylelora.lora import (LoRAConv2d, LoRALinear, count_parameters, inject, load_state, lora_layers, lora_state,
                             merge, remove)
-from stylelora.noise import brownian_noise, get_sigmas, get_timesteps
+from stylelora.noise.sigmas import brownian_noise, get_sigmas, get_timesteps
 from stylelora.sample import (SAMPLERS, mixture_model, sample_ddim, sample_dpmpp_2m, sample_dpmpp_2m_sde, sample_euler,
                               sample_euler_ancestral, sample_heun, sample_unipc, split_noise)
-from stylelora.schedule import Schedule
+from stylelora.noise.schedule import Schedule
 
 SD = Schedule('scaled_linear')
 SD_CONFIG = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear')

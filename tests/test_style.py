@@ -1,6 +1,6 @@
 """The house style, as rules that a machine can check: budgets of cells, prose, directives, documentation.
 
-Run it on single notebooks while writing:  python tests/test_style.py nbs/10_schedule.ipynb
+Run it on single notebooks while writing:  python tests/test_style.py nbs/01_noise/01_schedule.ipynb
 """
 import ast, io, json, re, statistics, sys, tokenize
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Notebook <-> plain text, for editing notebooks in any editor.
 
-    python tools/nbtext.py text nbs/10_schedule.ipynb > x.txt      # notebook to text
-    python tools/nbtext.py make x.txt nbs/10_schedule.ipynb        # text to notebook (keeps outputs of unchanged cells)
-    python tools/nbtext.py run  nbs/10_schedule.ipynb …            # execute in place and store the outputs
+    python tools/nbtext.py text nbs/01_noise/01_schedule.ipynb > x.txt      # notebook to text
+    python tools/nbtext.py make x.txt nbs/01_noise/01_schedule.ipynb        # text to notebook (keeps outputs of unchanged cells)
+    python tools/nbtext.py run  nbs/01_noise/01_schedule.ipynb …            # execute in place and store the outputs
 
 The text form: a line `# %%` opens a code cell, `# %% [markdown]` a markdown cell (raw markdown follows), and
 `# %% tags=parameters` a code cell with a tag. Cell ids are derived from the content, so they are stable.

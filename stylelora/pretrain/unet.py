@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..schedule import Schedule, add_noise
+from ..noise.schedule import Schedule, add_noise
 from .clip import random_caption
 
 # %% ../../nbs/pretrain/06_unet.ipynb #90e433b5
