@@ -89,9 +89,9 @@ def run_sample(
     a, # parsed options
 ):
     "Draw prompts × seeds and write them as one picture."
-    from stylelora.adapter_files import files_of
+    from stylelora.adapters.merge import files_of
     from stylelora.data import square
-    from stylelora.formats import load_adapter
+    from stylelora.adapters.files import load_adapter
     from stylelora.generate import generate, picture_size
     from stylelora.models import load_base
     from stylelora.pictures import start_picture, write_grid
@@ -159,13 +159,13 @@ def places_of(
     a, # parsed options of `train`
 ):     # the file that will be written, and the folder of its checkpoints
     "Say where a training leaves what it makes."
-    from stylelora.formats import target_of
+    from stylelora.adapters.files import target_of
     file = target_of(a.out, force=a.force)
     return file, Path(a.work or file.with_suffix('.work')).expanduser()
 
 def clear(work): # folder of checkpoints
     "Remove what a training has left there; anything else stays, and then the folder does too."
-    from stylelora.files import FILE
+    from stylelora.adapters.files import FILE
     from stylelora.train import CHECKPOINT
     for name in (CHECKPOINT, FILE): (work/name).unlink(missing_ok=True)
     with contextlib.suppress(OSError): work.rmdir()
@@ -176,7 +176,7 @@ def run_train(
 ):
     "Train an adapter on a folder and save it."
     from stylelora.data import LatentCache, data_hash, hold_out
-    from stylelora.files import save_lora
+    from stylelora.adapters.files import save_lora
     from stylelora.models import load_base
     from stylelora.noise.objective import Objective
     from stylelora.train import train

@@ -14,7 +14,7 @@ import torch
 from .base import encode_text
 from .core import human_bytes, human_time, peak_memory_mb, read_json, root, write_json
 from .generate import generate
-from .lora import count_parameters, inject, remove
+from .adapters.lora import count_parameters, inject, remove
 from .models import load_base
 from .networks import published_unet
 from .sample import pick_sampler

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from .adapters import Adapters
+from .adapters.active import Adapters
 from .base import Base
 from .core import read_json, root
 from .data import LatentCache, open_image, square
-from .files import FILE, save_lora
+from .adapters.files import FILE, save_lora
 from .generate import Settings, generate, kept_steps
 from .grid import Grid, grid_images, make_caption, tidy
-from .lora import remove
+from .adapters.lora import remove
 from .train import make_config, train
 
 # %% ../nbs/70_demo.ipynb #d57f1a30
@@ -218,7 +218,7 @@ def as_code(
     head = ['from stylelora.generate import generate', 'from stylelora.models import load_base']
     body = ['', f'base = load_base({base!r})']
     if names:
-        head += ['from stylelora.adapters import Adapters']
+        head += ['from stylelora.adapters.active import Adapters']
         body += ['shelf = Adapters(base.unet)']
         body += [f'shelf.add({n!r}, {str(f)!r})' for n, f in zip(names, s.adapters)]
         body += [f'shelf.set_adapters({names}, {s.weights})']

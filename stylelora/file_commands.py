@@ -32,8 +32,8 @@ def run_merge(
     a:SimpleNamespace, # options of MERGE
 ):
     "Merge adapter files into one, or into a model."
-    from stylelora.adapter_files import merge_files
-    from stylelora.formats import target_of
+    from stylelora.adapters.merge import merge_files
+    from stylelora.adapters.files import target_of
     w = numbers(a.weights)
     if a.into: return merge_into(a.into, a.adapter, w*len(a.adapter) if len(w) == 1 else w, a)
     target_of(a.out, force=a.force)
@@ -48,9 +48,9 @@ def merge_into(
     a,        # options of MERGE
 ):
     "Add a weighted sum of adapters to the weights of a model, and save the model."
-    from stylelora.blend import blend
-    from stylelora.formats import load_parts, read_adapter
-    from stylelora.lora import merge
+    from stylelora.adapters.merge import blend
+    from stylelora.adapters.files import load_parts, read_adapter
+    from stylelora.adapters.lora import merge
     from stylelora.models import load_base, save_base
     out = Path(a.out)
     if out.suffix: raise ValueError(f'--out {out}: a model is a folder; give a name without {out.suffix}')
@@ -76,8 +76,8 @@ def run_resize(
     a:SimpleNamespace, # options of RESIZE
 ):
     "Write an adapter at another rank."
-    from stylelora.adapter_files import resize_file
-    from stylelora.formats import target_of
+    from stylelora.adapters.merge import resize_file
+    from stylelora.adapters.files import target_of
     target_of(a.out, force=a.force)
     print(f'{a.out}: rank {a.rank}, {resize_file(a.adapter, a.rank, a.out, a.dtype)}')
 
@@ -94,8 +94,8 @@ def run_convert(
     a:SimpleNamespace, # options of CONVERT
 ):
     "Write an adapter in another layout."
-    from stylelora.adapter_files import convert_file
-    from stylelora.spellings import split_parts
+    from stylelora.adapters.merge import convert_file
+    from stylelora.adapters.keys import split_parts
     got = convert_file(a.adapter, a.out, a.to, a.dtype or None, not a.skip_unknown, a.force)
     parts = ', '.join(f'{len(s)} in {p}' for p, s in split_parts(got.state).items())
     print(f'{a.out}: {len(got.state)} layers ({parts}), from {got.layout} to {a.to}')
@@ -117,8 +117,8 @@ def run_extract(
     a:SimpleNamespace, # options of EXTRACT
 ):
     "Make an adapter of the difference of two models."
-    from stylelora.blend import extract
-    from stylelora.formats import save_adapter, target_of
+    from stylelora.adapters.merge import extract
+    from stylelora.adapters.files import save_adapter, target_of
     from stylelora.models import load_base
     target_of(a.out, a.to, a.force)
     before, after = (load_base(b, 'cpu') for b in (a.base, a.tuned))
@@ -141,7 +141,7 @@ def run_inspect(
     a:SimpleNamespace, # options of INSPECT
 ):
     "Say what is in adapter files."
-    from stylelora.adapter_files import describe_file
+    from stylelora.adapters.merge import describe_file
     print('\n\n'.join(describe_file(f) for f in a.adapter))
 
 # %% ../nbs/68_file_commands.ipynb #ce750d7d

@@ -11,7 +11,7 @@ import string, warnings
 from contextlib import contextmanager
 import torch
 from .core import write_json
-from .lora import count_parameters, inject, lora_layers, remove
+from .adapters.lora import count_parameters, inject, lora_layers, remove
 
 # %% ../nbs/135_networks.ipynb #d8350b15
 @contextmanager

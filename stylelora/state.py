@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from .base import Base
 from .core import generator, sha256_bytes
-from .lora import inject, lora_layers, remove
+from .adapters.lora import inject, lora_layers, remove
 from .processes import Processes
 from .steps import Average
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from .base import Base, ask_unet, check_context
 from .core import generator, pick_dtype, randn_each
-from .lora import find_targets, lora_layers
+from .adapters.lora import find_targets, lora_layers
 from .noise.objective import Objective, diffusion_loss, sample_t, training_target
 from .noise.schedule import add_noise
 

@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 from .base import Base, encode_text, same_sizes
 from .core import seed_of, write_atomic
-from .files import save_lora
-from .lora import lora_layers
+from .adapters.files import save_lora
+from .adapters.lora import lora_layers
 from .noise.objective import Objective
 from .processes import add_up, any_of
 from .state import (Run, check_same, describe, history, pack_run, read_checkpoint, restore, settle,

@@ -10,9 +10,9 @@ import diffusers
 from stylelora.base import ask_unet, decode, denoiser, encode_text, full_base, same_sizes, tiny_base, to_uint8, with_sizes
 from stylelora.core import generator, read_json, root
 from stylelora.data import LatentCache
-from stylelora.files import load_lora, save_lora
+from stylelora.adapters.files import load_lora, save_lora
 from stylelora.generate import draw_latents, generate, image_generator
-from stylelora.lora import count_parameters, inject, lora_layers, lora_state
+from stylelora.adapters.lora import count_parameters, inject, lora_layers, lora_state
 from stylelora.models import load_base, save_base
 from stylelora.networks import published_unet, quiet, share_table
 from stylelora.sample import pick_sampler

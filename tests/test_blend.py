@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from tests.test_parity import draw, pipeline
 from torch import nn
 
-from stylelora.adapters import Adapters
+from stylelora.adapters.active import Adapters
 from stylelora.base import tiny_base
-from stylelora.blend import average_factors, blend, compress, delta_of
+from stylelora.adapters.merge import average_factors, blend, compress, delta_of
 from stylelora.core import generator
-from stylelora.files import save_lora
-from stylelora.formats import save_adapter
+from stylelora.adapters.files import save_lora
+from stylelora.adapters.files import save_adapter
 from stylelora.generate import generate
-from stylelora.lora import find_targets
+from stylelora.adapters.lora import find_targets
 
 WEIGHTS = [(.3, .8), (1., -.5), (-2., 0.), (.5, .5)]
 

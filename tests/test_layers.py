@@ -90,7 +90,7 @@ def test_no_leaked_or_unused_names():
 # ---------------------------------------------------------------------------------- do the rules bite?
 
 def test_relative_and_absolute_imports_are_seen():
-    source = 'from .core import root\nfrom stylelora.plots import curve\ndef f():\n    import stylelora.lora\n'
+    source = 'from .core import root\nfrom stylelora.plots import curve\ndef f():\n    import stylelora.adapters.lora\n'
     assert [t for t, _ in imports(ast.parse(source), 'schedule')] == ['core', 'plots', 'lora']
     deep = 'from ..core import root\nfrom . import loop\n'
     if 'pretrain.loop' in modules():

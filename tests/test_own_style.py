@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from stylelora.core import read_json, root
-from stylelora.formats import read_adapter
-from stylelora.lora import load_state, lora_layers, remove
+from stylelora.adapters.files import read_adapter
+from stylelora.adapters.lora import load_state, lora_layers, remove
 from stylelora.models import load_base
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from stylelora.base import tiny_base
 from stylelora.core import read_json, root
 from stylelora.cost import cost_lines
-from stylelora.files import read_lora
+from stylelora.adapters.files import read_lora
 from stylelora.models import load_base, save_base
 from stylelora.plan import announce, inputs_of, plan_runs, read_profile
 from tests.fixtures import tiny_scorers

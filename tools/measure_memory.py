@@ -78,7 +78,7 @@ def measure(option, latent, batch, steps, device):
     import stylelora.networks as networks
     from stylelora.base import encode_text, full_base
     from stylelora.core import generator
-    from stylelora.lora import count_parameters
+    from stylelora.adapters.lora import count_parameters
     from stylelora.train import TrainConfig, train
     change = dict(OPTIONS[option] or {})
     dtype, keep = change.pop('dtype', 'float32'), change.pop('keep', None)

@@ -5,13 +5,13 @@
 from importlib.metadata import version
 from pathlib import Path
 import torch
-from stylelora.blend import delta_of
+from stylelora.adapters.merge import delta_of
 from stylelora.core import write_json
-from stylelora.formats import load_parts, read_adapter, save_adapter
+from stylelora.adapters.files import load_parts, read_adapter, save_adapter
 from .reference import (BASES, by_formula, clone, compare, draw, peer_adapter, peer_updates,
                              random_adapter, read_by_diffusers, read_by_peft, write_converted,
                              write_diffusers, write_peft)
-from stylelora.spellings import TEXT
+from stylelora.adapters.keys import TEXT
 
 LIMITS = dict(error=1e-5, pixels=1/255, change=10/255)
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from stylelora.base import quiet, tiny_tokenizer
 from stylelora.core import assets, generator
-from stylelora.formats import read_adapter
-from stylelora.lora import find_targets
-from stylelora.spellings import TEXT
+from stylelora.adapters.files import read_adapter
+from stylelora.adapters.lora import find_targets
+from stylelora.adapters.keys import TEXT
 
 def clone(
     kind,  # class of the pipeline

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stylelora.base import tiny_base
-from stylelora.blend import delta_of
+from stylelora.adapters.merge import delta_of
 from stylelora.cli import main
 from stylelora.core import generator
-from stylelora.formats import kohya_bytes, kohya_name, load_adapter, read_adapter, save_adapter
+from stylelora.adapters.files import kohya_bytes, kohya_name, load_adapter, read_adapter, save_adapter
 from .certificate import LIMITS, certify, holds, make_row, summarise, write_certificate
-from stylelora.lora import find_targets
+from stylelora.adapters.lora import find_targets
 from .reference import BASES, clone, compare, peer_updates, random_adapter
-from stylelora.spellings import dotted, from_sgm, split_parts, to_sgm
+from stylelora.adapters.keys import dotted, from_sgm, split_parts, to_sgm
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT/'reports'/'results'/'interop.json'
