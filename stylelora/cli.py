@@ -93,7 +93,7 @@ def run_sample(
     from stylelora.data import square
     from stylelora.adapters.files import load_adapter
     from stylelora.generate import generate, picture_size
-    from stylelora.models import load_base
+    from stylelora.models.load import load_base
     from stylelora.pictures import start_picture, write_grid
     how, image = settings_of(a), start_picture(a.image) if a.image else None
     if a.lora: files_of(a.lora)                              # is it there at all?
@@ -177,7 +177,7 @@ def run_train(
     "Train an adapter on a folder and save it."
     from stylelora.data import LatentCache, data_hash, hold_out
     from stylelora.adapters.files import save_lora
-    from stylelora.models import load_base
+    from stylelora.models.load import load_base
     from stylelora.noise.objective import Objective
     from stylelora.train import train
     config, (file, work) = config_of(a), places_of(a) if not a.check else (None, None)

@@ -11,12 +11,12 @@ import time
 from functools import lru_cache
 from pathlib import Path
 import torch
-from .base import encode_text
+from .models.base import encode_text
 from .core import human_bytes, human_time, peak_memory_mb, read_json, root, write_json
 from .generate import generate
 from .adapters.lora import count_parameters, inject, remove
-from .models import load_base
-from .networks import published_unet
+from .models.load import load_base
+from .models.tiny import published_unet
 from .sample import pick_sampler
 from .steps import LEVELS
 from .train import make_config, train

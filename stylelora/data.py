@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from .base import Base, count_tokens, encode_image, encode_text
+from .models.base import Base, count_tokens, encode_image, encode_text
 from .core import generator, sha256_bytes, write_atomic
 
 # %% ../nbs/21_data.ipynb #78cb8204

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from .adapters.active import Adapters
-from .base import Base
+from .models.base import Base
 from .core import read_json, root
 from .data import LatentCache, open_image, square
 from .adapters.files import FILE, save_lora
@@ -215,7 +215,7 @@ def as_code(
 ) -> str:            # lines of Python; `made.images[0]` is the picture
     "Write the Python that draws the same picture."
     names, more = ['first', 'second'][:len(s.adapters)], ''
-    head = ['from stylelora.generate import generate', 'from stylelora.models import load_base']
+    head = ['from stylelora.generate import generate', 'from stylelora.models.load import load_base']
     body = ['', f'base = load_base({base!r})']
     if names:
         head += ['from stylelora.adapters.active import Adapters']

@@ -51,7 +51,7 @@ def merge_into(
     from stylelora.adapters.merge import blend
     from stylelora.adapters.files import load_parts, read_adapter
     from stylelora.adapters.lora import merge
-    from stylelora.models import load_base, save_base
+    from stylelora.models.load import load_base, save_base
     out = Path(a.out)
     if out.suffix: raise ValueError(f'--out {out}: a model is a folder; give a name without {out.suffix}')
     if out.exists() and any(out.iterdir()) and not a.force:
@@ -119,7 +119,7 @@ def run_extract(
     "Make an adapter of the difference of two models."
     from stylelora.adapters.merge import extract
     from stylelora.adapters.files import save_adapter, target_of
-    from stylelora.models import load_base
+    from stylelora.models.load import load_base
     target_of(a.out, a.to, a.force)
     before, after = (load_base(b, 'cpu') for b in (a.base, a.tuned))
     fit = extract(before.unet, after.unet, a.targets, a.rank)

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from tqdm import tqdm
-from .base import Base, decode, denoiser, encode_image, encode_text, to_uint8
+from .models.base import Base, decode, denoiser, encode_image, encode_text, to_uint8
 from .core import generator, pick_precision, randn_each, slug, write_atomic, write_json
 from .sample import pick_sampler
 from .noise.schedule import as_schedule

@@ -10,12 +10,12 @@ import html, io, re, secrets, threading
 from base64 import b64encode
 from collections import deque
 from PIL import Image
-from .base import Base, count_tokens
+from .models.base import Base, count_tokens
 from .core import human_time
 from .demo import (DemoSettings, Stopped, as_code, as_command, describe, draw, find_adapters,
                             find_truth, fit_image, look_at, read_prompt, train_demo)
 from .grid import load_grid, make_caption, tidy
-from .models import load_base
+from .models.load import load_base
 from .sample import SAMPLERS
 
 # %% ../nbs/71_panel.ipynb #e300f9c6

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from scipy.fft import dctn
-from .base import quiet
+from .models.base import quiet
 from .core import generator, write_atomic
 from .data import (
     Pictures, fields_of, fill, list_images, open_image, read_captions, read_text, square)

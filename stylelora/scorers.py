@@ -12,10 +12,10 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from .base import quiet, tiny_tokenizer
+from .models.base import quiet, tiny_tokenizer
 from .embedders import ClipScorer
 from .metrics import as_images, resized
-from .models import PICKLES
+from .models.load import PICKLES
 
 # %% ../nbs/535_scorers.ipynb #6951d6f8
 SCORERS = dict( # name -> where its weights are published

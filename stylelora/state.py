@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from .base import Base
+from .models.base import Base
 from .core import generator, sha256_bytes
 from .adapters.lora import inject, lora_layers, remove
 from .processes import Processes

@@ -12,7 +12,7 @@ import difflib, math
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 import torch
-from .base import Base, ask_unet, check_context
+from .models.base import Base, ask_unet, check_context
 from .core import generator, pick_dtype, randn_each
 from .adapters.lora import find_targets, lora_layers
 from .noise.objective import Objective, diffusion_loss, sample_t, training_target

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from tqdm import tqdm
-from .base import Base, encode_text, same_sizes
+from .models.base import Base, encode_text, same_sizes
 from .core import seed_of, write_atomic
 from .adapters.files import save_lora
 from .adapters.lora import lora_layers

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import diffusers
-from stylelora.base import ask_unet, decode, denoiser, encode_text, full_base, same_sizes, tiny_base, to_uint8, with_sizes
+from stylelora.models.base import ask_unet, decode, denoiser, encode_text, full_base, same_sizes, tiny_base, to_uint8, with_sizes
 from stylelora.core import generator, read_json, root
 from stylelora.data import LatentCache
 from stylelora.adapters.files import load_lora, save_lora
 from stylelora.generate import draw_latents, generate, image_generator
 from stylelora.adapters.lora import count_parameters, inject, lora_layers, lora_state
-from stylelora.models import load_base, save_base
-from stylelora.networks import published_unet, quiet, share_table
+from stylelora.models.load import load_base, save_base
+from stylelora.models.tiny import published_unet, quiet, share_table
 from stylelora.sample import pick_sampler
 from stylelora.steps import check_pair, step_loss
 from stylelora.train import TrainConfig, plain_objective, train

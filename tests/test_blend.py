@@ -13,7 +13,7 @@ from tests.test_parity import draw, pipeline
 from torch import nn
 
 from stylelora.adapters.active import Adapters
-from stylelora.base import tiny_base
+from stylelora.models.base import tiny_base
 from stylelora.adapters.merge import average_factors, blend, compress, delta_of
 from stylelora.core import generator
 from stylelora.adapters.files import save_lora

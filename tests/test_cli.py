@@ -7,7 +7,7 @@ from PIL import Image
 from stylelora.cli import main
 from stylelora.core import assets
 from stylelora.generate import generate
-from stylelora.models import load_base
+from stylelora.models.load import load_base
 from stylelora.pictures import write_grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +75,7 @@ def test_mistakes_in_the_values(capsys, tmp_path):
 
 def test_settings_are_checked_before_the_model_is_loaded(capsys, tmp_path, pictures, monkeypatch):
     def never(*_, **__): raise AssertionError("the model was loaded")
-    monkeypatch.setattr("stylelora.models.load_base", never)
+    monkeypatch.setattr("stylelora.models.load.load_base", never)
     image = ("--image", pictures/"p00.png")
     for words, said in ((("--sampler", "dpm9000"), "unipc"), (("--spacing", "kerras"), "karras"), (("--steps", 0), "steps=0"),
                         (("--steps", 0, "--spacing", "karras"), "steps=0"), (("--eta", "much"), "invalid float"),
@@ -173,7 +173,7 @@ def test_a_training_that_was_stopped_goes_on(capsys, tmp_path, pictures, monkeyp
 
 def test_nothing_is_replaced_or_computed_in_vain(capsys, tmp_path, pictures, monkeypatch):
     def never(*_, **__): raise AssertionError("the model was loaded")
-    monkeypatch.setattr("stylelora.models.load_base", never)
+    monkeypatch.setattr("stylelora.models.load.load_base", never)
     file = tmp_path/"a.safetensors"
     file.write_bytes(b"hours of work")
     assert "--force" in fails(capsys, "train", pictures, "--out", file)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 from tests import chromium
-from stylelora.base import tiny_base
+from stylelora.models.base import tiny_base
 from stylelora.core import generator
 from stylelora.demo import DemoSettings, draw, fit_image
 from stylelora.adapters.files import save_lora
 from stylelora.adapters.lora import inject, lora_layers, remove
-from stylelora.models import load_base
+from stylelora.models.load import load_base
 from stylelora.panel import HELP
 from stylelora.sample import SAMPLERS
 

@@ -6,7 +6,7 @@ from PIL import Image
 from stylelora.core import read_json, root
 from stylelora.adapters.files import read_adapter
 from stylelora.adapters.lora import load_state, lora_layers, remove
-from stylelora.models import load_base
+from stylelora.models.load import load_base
 
 
 def run(place, **given):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from stylelora.base import tiny_base
+from stylelora.models.base import tiny_base
 from stylelora.core import generator
 from stylelora.adapters.files import load_lora, read_lora, save_lora
 from stylelora.generate import generate

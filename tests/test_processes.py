@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 SCRIPT = '''
     import os, signal, sys, warnings
     import torch
-    from stylelora.base import encode_text, tiny_base
+    from stylelora.models.base import encode_text, tiny_base
     from stylelora.core import generator
     from stylelora.steps import TrainConfig
     from stylelora.train import train

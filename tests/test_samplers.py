@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.test_parity import LINEAR, MODEL, SAMPLE, SD, SD_CONFIG, close, draw, pipeline, start, toy
 
-from stylelora.base import tiny_base
+from stylelora.models.base import tiny_base
 from stylelora.core import generator
 from stylelora.generate import generate
 from stylelora.noise.sigmas import brownian_noise, get_sigmas, get_timesteps, iid_noise

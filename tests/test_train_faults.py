@@ -13,7 +13,7 @@ HEAVY = ['stylelora.train', 'diffusers.models.unets.unet_2d_condition', 'diffuse
 def training(folder, on_step=None, **changes):
     "Train on six invented pictures, with everything switched on."
     import torch
-    from stylelora.base import encode_text, tiny_base
+    from stylelora.models.base import encode_text, tiny_base
     from stylelora.core import generator
     from stylelora.train import make_config, train
     torch.set_num_threads(1)                                                  # other numbers of threads, other last bits

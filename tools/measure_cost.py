@@ -13,9 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from stylelora.core import generator
 from stylelora.cost import measure_base, record_cost
-from stylelora.base import full_base
-from stylelora.models import save_base
-from stylelora.networks import randomise
+from stylelora.models.base import full_base
+from stylelora.models.load import save_base
+from stylelora.models.tiny import randomise
 
 
 def published(folder):

@@ -75,8 +75,8 @@ def worker(keep, device, size):
 def measure(option, latent, batch, steps, device):
     "Train a few steps under one option and return its row."
     import torch
-    import stylelora.networks as networks
-    from stylelora.base import encode_text, full_base
+    import stylelora.models.tiny as networks
+    from stylelora.models.base import encode_text, full_base
     from stylelora.core import generator
     from stylelora.adapters.lora import count_parameters
     from stylelora.train import TrainConfig, train

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stylelora.base import tiny_base
+from stylelora.models.base import tiny_base
 from stylelora.adapters.merge import delta_of
 from stylelora.cli import main
 from stylelora.core import generator
