@@ -90,7 +90,7 @@ def run_sample(
 ):
     "Draw prompts × seeds and write them as one picture."
     from stylelora.adapters.merge import files_of
-    from stylelora.data import square
+    from stylelora.data.folder import square
     from stylelora.adapters.files import load_adapter
     from stylelora.generate import generate, picture_size
     from stylelora.models.load import load_base
@@ -147,7 +147,7 @@ def load_pictures(
     base, # the model, which decides size and tokens
 ):        # Pictures
     "Read the folder, and print what `check_folder` has found."
-    from stylelora.data import check_folder, load_images
+    from stylelora.data.folder import check_folder, load_images
     for r in check_folder(a.folder, base.size, a.template, a.style, base).itertuples():
         print(f'{r.level}: {r.file}: {r.problem}' + (f'; {r.fix}' if r.fix else ''))
     found = load_images(a.folder, base.size, a.flip, a.template, a.style, base)
@@ -175,7 +175,7 @@ def run_train(
     a, # parsed options
 ):
     "Train an adapter on a folder and save it."
-    from stylelora.data import LatentCache, data_hash, hold_out
+    from stylelora.data.folder import LatentCache, data_hash, hold_out
     from stylelora.adapters.files import save_lora
     from stylelora.models.load import load_base
     from stylelora.noise.objective import Objective

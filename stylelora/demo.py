@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from .adapters.active import Adapters
 from .models.base import Base
 from .core import read_json, root
-from .data import LatentCache, open_image, square
+from .data.folder import LatentCache, open_image, square
 from .adapters.files import FILE, save_lora
 from .generate import Settings, generate, kept_steps
-from .grid import Grid, grid_images, make_caption, tidy
+from .data.grid import Grid, grid_images, make_caption, tidy
 from .adapters.lora import remove
 from .train import make_config, train
 

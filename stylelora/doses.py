@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import binary_dilation, binary_opening
 from scipy.stats import mannwhitneyu
-from .grid import grid_images
+from .data.grid import grid_images
 from .skill import edge_map, rgb_to_lab
 
 # %% ../nbs/571_doses.ipynb #27239944

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from .core import assets, sha256_bytes, write_atomic
-from .grid import grid_images, load_grid
+from .data.grid import grid_images, load_grid
 from .embedders import Evaluator
 from .paired import content_scores, copied, leaked, style_scores, unit
 from .perceptual import Lite0

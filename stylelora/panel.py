@@ -14,7 +14,7 @@ from .models.base import Base, count_tokens
 from .core import human_time
 from .demo import (DemoSettings, Stopped, as_code, as_command, describe, draw, find_adapters,
                             find_truth, fit_image, look_at, read_prompt, train_demo)
-from .grid import load_grid, make_caption, tidy
+from .data.grid import load_grid, make_caption, tidy
 from .models.load import load_base
 from .sample import SAMPLERS
 

@@ -10,7 +10,7 @@ import io
 from pathlib import Path
 from PIL import Image
 from .core import write_atomic
-from .data import open_image
+from .data.folder import open_image
 from .plots import canvas
 
 # %% ../nbs/685_pictures.ipynb #90a3b9d5

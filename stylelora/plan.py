@@ -17,7 +17,7 @@ from .cost import cost_lines
 from .params import Loader, Run, complete_parameters, declared, expand, unknown
 from .results import KEPT, completed, write_table
 from .runs import is_complete
-from .sources import source_files
+from .data.styles import source_files
 
 # %% ../nbs/62_plan.ipynb #a3762254
 FIELDS = dict(experiment='', trainings='', shared='', arms=(), train={}, evaluate={}, also=(), mix=(),

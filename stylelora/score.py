@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from .core import assets, generator, pick_device
-from .grid import make_caption
+from .data.grid import make_caption
 from .judge import Judge, embed_grid, judge_for, remember, score
 from .embedders import ClipScorer, Evaluator, content_similarity, style_similarity
 from .metrics import as_images, psnr, resized, ssim

@@ -19,7 +19,7 @@ from .metrics import as_images, resized
 from .perceptual import lpips_distance, lpips_model
 from .scorers import (PickScore, load_csd, load_dinov2, load_inception, refuse_image_reward,
                                weights_folder)
-from .sources import RealStyle, first_pictures
+from .data.styles import RealStyle, first_pictures
 
 # %% ../nbs/585_unpaired.ipynb #f54df0e1
 def load_scorers(

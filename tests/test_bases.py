@@ -9,7 +9,7 @@ import torch
 import diffusers
 from stylelora.models.base import ask_unet, decode, denoiser, encode_text, full_base, same_sizes, tiny_base, to_uint8, with_sizes
 from stylelora.core import generator, read_json, root
-from stylelora.data import LatentCache
+from stylelora.data.folder import LatentCache
 from stylelora.adapters.files import load_lora, save_lora
 from stylelora.generate import draw_latents, generate, image_generator
 from stylelora.adapters.lora import count_parameters, inject, lora_layers, lora_state

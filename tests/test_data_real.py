@@ -4,10 +4,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from stylelora.artbench import (COLUMNS, STYLES, choose, fetch, find_form, list_artbench, read_batch, read_index, unpack,
+from stylelora.data.artbench import (COLUMNS, STYLES, choose, fetch, find_form, list_artbench, read_batch, read_index, unpack,
                                 write_artbench)
-from stylelora.data import hold_out, load_images
-from stylelora.prepare import load_kohya, survey, write_captions
+from stylelora.data.folder import hold_out, load_images
+from stylelora.data.prepare import load_kohya, survey, write_captions
 
 NAMES = dict(impressionism='claude-monet_water-lilies-{}.png', ukiyo_e='utagawa-kunisada-ii_scene-{}.png')
 

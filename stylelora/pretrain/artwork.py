@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..core import write_atomic
-from ..grid import grid_images, load_grid
+from ..data.grid import grid_images, load_grid
 
 # %% ../../nbs/pretrain/01_artwork.ipynb #3766f2d0
 VENDORS = dict(  # word: (npm set, role)
@@ -213,7 +213,7 @@ def near_duplicates(
 # %% ../../nbs/pretrain/01_artwork.ipynb #563ed5e9
 def write_sheets(
     folder: Path,  # of the shipped grid, e.g. stylelora/assets/grid
-    index: dict,  # as read by stylelora.grid; its concepts' tile numbers are filled in here
+    index: dict,  # as read by stylelora.data.grid; its concepts' tile numbers are filled in here
     drawings: dict,  # {(concept, vendor): (h,w,3) uint8}
     per_row: int = 16,  # tiles in a row
 ) -> None:

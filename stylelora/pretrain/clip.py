@@ -12,7 +12,7 @@ import random
 import torch
 import torch.nn.functional as F
 
-from ..grid import make_caption
+from ..data.grid import make_caption
 
 # %% ../../nbs/pretrain/04_clip.ipynb #3ca09770
 def _learn_pieces(texts, vocab_size, letters):
