@@ -136,7 +136,7 @@ def config_of(
 ):     # TrainConfig
     "Collect the training parameters of the options, and check them."
     import yaml
-    from stylelora.train import make_config
+    from stylelora.train.loop import make_config
     if bad := [w for w in a.set if '=' not in w]: raise ValueError(f'--set {bad[0]}: write it as name=value')
     more = {k: yaml.safe_load(v) for k, v in (w.split('=', 1) for w in a.set)}
     usual = dict(steps=a.steps, rank=a.rank, lr=a.lr, batch_size=a.batch, seed=a.seed, targets=a.targets)
@@ -166,7 +166,7 @@ def places_of(
 def clear(work): # folder of checkpoints
     "Remove what a training has left there; anything else stays, and then the folder does too."
     from stylelora.adapters.files import FILE
-    from stylelora.train import CHECKPOINT
+    from stylelora.train.loop import CHECKPOINT
     for name in (CHECKPOINT, FILE): (work/name).unlink(missing_ok=True)
     with contextlib.suppress(OSError): work.rmdir()
 
@@ -179,7 +179,7 @@ def run_train(
     from stylelora.adapters.files import save_lora
     from stylelora.models.load import load_base
     from stylelora.noise.objective import Objective
-    from stylelora.train import train
+    from stylelora.train.loop import train
     config, (file, work) = config_of(a), places_of(a) if not a.check else (None, None)
     base, arm = load_base(a.base, a.device, vae=a.vae), dict(law=a.law, weight=a.weight, remap=a.remap)
     objective = Objective(base.schedule if a.schedule == 'own' else a.schedule, **arm,

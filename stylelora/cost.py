@@ -18,8 +18,8 @@ from .adapters.lora import count_parameters, inject, remove
 from .models.load import load_base
 from .models.tiny import published_unet
 from .sample import pick_sampler
-from .steps import LEVELS
-from .train import make_config, train
+from .train.step import LEVELS
+from .train.loop import make_config, train
 
 # %% ../nbs/615_cost.ipynb #7765ed91
 def time_training(

@@ -24,7 +24,7 @@ from .adapters.files import FILE, save_lora
 from .generate import Settings, generate, kept_steps
 from .data.grid import Grid, grid_images, make_caption, tidy
 from .adapters.lora import remove
-from .train import make_config, train
+from .train.loop import make_config, train
 
 # %% ../nbs/70_demo.ipynb #d57f1a30
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .models.base import Base, decode, denoiser, encode_image, encode_text, to_u
 from .core import generator, pick_precision, randn_each, slug, write_atomic, write_json
 from .sample import pick_sampler
 from .noise.schedule import as_schedule
-from .steps import arithmetic
+from .train.step import arithmetic
 
 # %% ../nbs/41_generate.ipynb #b97773b6
 def list_jobs(

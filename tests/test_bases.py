@@ -16,8 +16,8 @@ from stylelora.adapters.lora import count_parameters, inject, lora_layers, lora_
 from stylelora.models.load import load_base, save_base
 from stylelora.models.tiny import published_unet, quiet, share_table
 from stylelora.sample import pick_sampler
-from stylelora.steps import check_pair, step_loss
-from stylelora.train import TrainConfig, plain_objective, train
+from stylelora.train.step import check_pair, step_loss
+from stylelora.train.loop import TrainConfig, plain_objective, train
 
 KINDS = ('sd1', 'sd2', 'sdxl')
 CONFIG = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear')

@@ -151,22 +151,22 @@ def test_report_says_what_is_missing(capsys, tmp_path, monkeypatch):
     assert "not a site" in fails(capsys, "report", "--out", tmp_path/"full")
 
 def test_a_training_that_was_stopped_goes_on(capsys, tmp_path, pictures, monkeypatch):
-    import stylelora.train
-    after, whole, part = stylelora.train.after_step, tmp_path/"whole.safetensors", tmp_path/"part.safetensors"
+    import stylelora.train.loop
+    after, whole, part = stylelora.train.loop.after_step, tmp_path/"whole.safetensors", tmp_path/"part.safetensors"
     words = ["train", str(pictures), "--base", "tiny", "--steps", "8", "--set", "save_every=3", "--out"]
     assert main([*words, str(whole)]) == 0
     def pulled(run, *rest):                                        # the plug, at step 7, when step 6 was written
         after(run, *rest)
         if run.step == 7: raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(stylelora.train, "after_step", pulled)
+        m.setattr(stylelora.train.loop, "after_step", pulled)
         assert main([*words, str(part)]) == 130
     assert not part.exists() and (tmp_path/"part.work"/"checkpoint.safetensors").exists()
     capsys.readouterr()
     assert "another training" in fails(capsys, *words, part, "--seed", 1)
     steps = []
     with monkeypatch.context() as m:
-        m.setattr(stylelora.train, "after_step", lambda run, *rest: (steps.append(run.step), after(run, *rest)))
+        m.setattr(stylelora.train.loop, "after_step", lambda run, *rest: (steps.append(run.step), after(run, *rest)))
         assert main([*words, str(part)]) == 0
     assert steps == [7, 8] and part.read_bytes() == whole.read_bytes()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["part.safetensors", "whole.safetensors"]

@@ -8,8 +8,8 @@ SCRIPT = '''
     import torch
     from stylelora.models.base import encode_text, tiny_base
     from stylelora.core import generator
-    from stylelora.steps import TrainConfig
-    from stylelora.train import train
+    from stylelora.train.step import TrainConfig
+    from stylelora.train.loop import train
     torch.set_num_threads(1)
     def say(text): os.write(1, f"{text}\\n".encode())              # at once: two processes share the pipe
     folder, stop_at, rank = sys.argv[1], int(sys.argv[2]), int(os.environ.get("RANK", 0))
@@ -20,7 +20,7 @@ SCRIPT = '''
     def tell(step, base):
         say(f"rank {rank} sample {step}")
     if stop_at and rank == 1:                                    # only the second process is interrupted
-        import stylelora.train as t
+        import stylelora.train.loop as t
         plain = t.advance
         def advance(run, *a):
             if run.step == stop_at: signal.raise_signal(signal.SIGINT)
@@ -73,7 +73,7 @@ def test_an_interrupted_process_takes_the_other_along(launch, tmp_path):
 
 
 def test_too_many_processes_for_the_batch():
-    from stylelora.processes import Processes
+    from stylelora.train.checkpoint import Processes
     them = Processes()
     them.count = 8
     with pytest.raises(ValueError, match="batch_size=4 for 8 processes"): them.mine(4)

@@ -6,7 +6,7 @@ import multiprocessing, os, random, signal, time
 import pytest
 
 ADAPTER, CHECKPOINT, STEPS = 'pytorch_lora_weights.safetensors', 'checkpoint.safetensors', 12
-HEAVY = ['stylelora.train', 'diffusers.models.unets.unet_2d_condition', 'diffusers.models.autoencoders.autoencoder_tiny',
+HEAVY = ['stylelora.train.loop', 'diffusers.models.unets.unet_2d_condition', 'diffusers.models.autoencoders.autoencoder_tiny',
          'transformers.models.clip.modeling_clip', 'transformers.models.clip.tokenization_clip']
 
 
@@ -15,7 +15,7 @@ def training(folder, on_step=None, **changes):
     import torch
     from stylelora.models.base import encode_text, tiny_base
     from stylelora.core import generator
-    from stylelora.train import make_config, train
+    from stylelora.train.loop import make_config, train
     torch.set_num_threads(1)                                                  # other numbers of threads, other last bits
     base = tiny_base()
     data = torch.randn(6, 4, 8, 8, generator=generator('pictures')), encode_text(base, list('abcdef'))
