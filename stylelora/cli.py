@@ -72,8 +72,8 @@ def settings_of(
     a, # parsed options of `sample`
 ):     # Settings
     "Collect the settings of a drawing, and check them."
-    from stylelora.generate import Settings, kept_steps
-    from stylelora.pictures import kind_of
+    from stylelora.sample.generate import Settings, kept_steps
+    from stylelora.sample.generate import kind_of
     if min(a.n, a.zoom, a.batch) < 1:
         raise ValueError(f'--n {a.n} --zoom {a.zoom} --batch {a.batch}: use whole numbers above zero')
     for k, v in dict(eta=a.eta, rescale=a.rescale).items():
@@ -92,9 +92,9 @@ def run_sample(
     from stylelora.adapters.merge import files_of
     from stylelora.data.folder import square
     from stylelora.adapters.files import load_adapter
-    from stylelora.generate import generate, picture_size
+    from stylelora.sample.generate import generate, picture_size
     from stylelora.models.load import load_base
-    from stylelora.pictures import start_picture, write_grid
+    from stylelora.sample.generate import start_picture, write_grid
     how, image = settings_of(a), start_picture(a.image) if a.image else None
     if a.lora: files_of(a.lora)                              # is it there at all?
     base = load_base(a.base, a.device, vae=a.vae)

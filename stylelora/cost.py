@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from .models.base import encode_text
 from .core import human_bytes, human_time, peak_memory_mb, read_json, root, write_json
-from .generate import generate
+from .sample.generate import generate
 from .adapters.lora import count_parameters, inject, remove
 from .models.load import load_base
 from .models.tiny import published_unet
-from .sample import pick_sampler
+from .sample.samplers import pick_sampler
 from .train.step import LEVELS
 from .train.loop import make_config, train
 

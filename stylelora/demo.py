@@ -21,7 +21,7 @@ from .models.base import Base
 from .core import read_json, root
 from .data.folder import LatentCache, open_image, square
 from .adapters.files import FILE, save_lora
-from .generate import Settings, generate, kept_steps
+from .sample.generate import Settings, generate, kept_steps
 from .data.grid import Grid, grid_images, make_caption, tidy
 from .adapters.lora import remove
 from .train.loop import make_config, train
@@ -215,7 +215,7 @@ def as_code(
 ) -> str:            # lines of Python; `made.images[0]` is the picture
     "Write the Python that draws the same picture."
     names, more = ['first', 'second'][:len(s.adapters)], ''
-    head = ['from stylelora.generate import generate', 'from stylelora.models.load import load_base']
+    head = ['from stylelora.sample.generate import generate', 'from stylelora.models.load import load_base']
     body = ['', f'base = load_base({base!r})']
     if names:
         head += ['from stylelora.adapters.active import Adapters']

@@ -16,7 +16,7 @@ from .demo import (DemoSettings, Stopped, as_code, as_command, describe, draw, f
                             find_truth, fit_image, look_at, read_prompt, train_demo)
 from .data.grid import load_grid, make_caption, tidy
 from .models.load import load_base
-from .sample import SAMPLERS
+from .sample.samplers import SAMPLERS
 
 # %% ../nbs/71_panel.ipynb #e300f9c6
 def figure(

@@ -2,7 +2,7 @@
 import pytest
 
 from stylelora.core import assets, read_json, root
-from stylelora.generate import generate
+from stylelora.sample.generate import generate
 from stylelora.data.grid import load_grid, make_caption
 from stylelora.models.load import load_base
 from stylelora.score import load_panel, score_pictures

@@ -11,11 +11,11 @@ from stylelora.models.base import ask_unet, decode, denoiser, encode_text, full_
 from stylelora.core import generator, read_json, root
 from stylelora.data.folder import LatentCache
 from stylelora.adapters.files import load_lora, save_lora
-from stylelora.generate import draw_latents, generate, image_generator
+from stylelora.sample.generate import draw_latents, generate, image_generator
 from stylelora.adapters.lora import count_parameters, inject, lora_layers, lora_state
 from stylelora.models.load import load_base, save_base
 from stylelora.models.tiny import published_unet, quiet, share_table
-from stylelora.sample import pick_sampler
+from stylelora.sample.samplers import pick_sampler
 from stylelora.train.step import check_pair, step_loss
 from stylelora.train.loop import TrainConfig, plain_objective, train
 

@@ -18,7 +18,7 @@ from stylelora.adapters.merge import average_factors, blend, compress, delta_of
 from stylelora.core import generator
 from stylelora.adapters.files import save_lora
 from stylelora.adapters.files import save_adapter
-from stylelora.generate import generate
+from stylelora.sample.generate import generate
 from stylelora.adapters.lora import find_targets
 
 WEIGHTS = [(.3, .8), (1., -.5), (-2., 0.), (.5, .5)]

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 from stylelora.cli import main
 from stylelora.core import assets
-from stylelora.generate import generate
+from stylelora.sample.generate import generate
 from stylelora.models.load import load_base
-from stylelora.pictures import write_grid
+from stylelora.sample.generate import write_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("study", "train", "sample", "report")

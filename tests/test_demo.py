@@ -13,7 +13,7 @@ from stylelora.adapters.files import save_lora
 from stylelora.adapters.lora import inject, lora_layers, remove
 from stylelora.models.load import load_base
 from stylelora.panel import HELP
-from stylelora.sample import SAMPLERS
+from stylelora.sample.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT/"nbs"/"demo"/"demo.ipynb"

@@ -16,11 +16,11 @@ from torch import nn
 from stylelora.models.base import tiny_base
 from stylelora.core import generator
 from stylelora.adapters.files import load_lora, read_lora, save_lora
-from stylelora.generate import generate
+from stylelora.sample.generate import generate
 from stylelora.adapters.lora import (LoRAConv2d, LoRALinear, count_parameters, inject, load_state, lora_layers, lora_state,
                             merge, remove)
 from stylelora.noise.sigmas import brownian_noise, get_sigmas, get_timesteps
-from stylelora.sample import (SAMPLERS, mixture_model, sample_ddim, sample_dpmpp_2m, sample_dpmpp_2m_sde, sample_euler,
+from stylelora.sample.samplers import (SAMPLERS, mixture_model, sample_ddim, sample_dpmpp_2m, sample_dpmpp_2m_sde, sample_euler,
                               sample_euler_ancestral, sample_heun, sample_unipc, split_noise)
 from stylelora.noise.schedule import Schedule
 

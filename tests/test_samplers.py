@@ -13,9 +13,9 @@ from tests.test_parity import LINEAR, MODEL, SAMPLE, SD, SD_CONFIG, close, draw,
 
 from stylelora.models.base import tiny_base
 from stylelora.core import generator
-from stylelora.generate import generate
+from stylelora.sample.generate import generate
 from stylelora.noise.sigmas import brownian_noise, get_sigmas, get_timesteps, iid_noise
-from stylelora.sample import (SAMPLERS, mixture_model, sample_ddim, sample_dpmpp_2m, sample_dpmpp_2m_sde, sample_dpmpp_sde,
+from stylelora.sample.samplers import (SAMPLERS, mixture_model, sample_ddim, sample_dpmpp_2m, sample_dpmpp_2m_sde, sample_dpmpp_sde,
                               sample_euler, sample_euler_ancestral, sample_heun, sample_unipc, split_noise)
 
 
