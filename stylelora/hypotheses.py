@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import yaml
 from .core import root
-from .inference import aligned, draw_means, mean_tau, unit_means
+from .stats.tests import aligned, draw_means, mean_tau, unit_means
 from .results import SCHEMA, load_results, metric_of, results_folder
-from .stats import cluster_bootstrap, holm, sign_flip
+from .stats.intervals import cluster_bootstrap, holm, sign_flip
 
 # %% ../nbs/64_hypotheses.ipynb #bab48242
 NEEDS = dict(difference='arm baseline', equivalence='arm baseline margin', one_sided='sign',

@@ -17,7 +17,7 @@ import pandas as pd
 from .core import read_json, root, write_atomic
 from .judge import CEILINGS, FLOORS
 from .runs import is_complete
-from .stats import cells, cluster_bootstrap, differences
+from .stats.intervals import cells, cluster_bootstrap, differences
 
 # %% ../nbs/61_results.ipynb #5926da5c
 SCHEMA = dict(experiment=str, arm=str, vendor=str, n_images=int, rank=int, train_seed=int, sample_seed=int,

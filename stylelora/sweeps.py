@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image
 from .core import read_json
 from .plots import axes, colour, image_grid, save_figure
-from .stats import cluster_bootstrap
+from .stats.intervals import cluster_bootstrap
 
 # %% ../nbs/67_sweeps.ipynb #7581c6bd
 def with_parameters(

@@ -20,7 +20,7 @@ from .judge import appoint, embed_grid, grid_cells
 from .metrics import as_images
 from .perceptual import embed_maps
 from .score import make_panel, score_pictures
-from .stats import cluster_bootstrap
+from .stats.intervals import cluster_bootstrap
 
 # %% ../nbs/581_validity.ipynb #ebded905
 def draw_triplets(
