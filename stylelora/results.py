@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .core import read_json, root, write_atomic
-from .judge import CEILINGS, FLOORS
+from .measure.evaluate import CEILINGS, FLOORS
 from .runs import is_complete
 from .stats.intervals import cells, cluster_bootstrap, differences
 

@@ -5,7 +5,7 @@ from stylelora.core import assets, read_json, root
 from stylelora.sample.generate import generate
 from stylelora.data.grid import load_grid, make_caption
 from stylelora.models.load import load_base
-from stylelora.score import load_panel, score_pictures
+from stylelora.measure.evaluate import load_panel, score_pictures
 
 CONCEPTS, STEPS = 24, 12
 

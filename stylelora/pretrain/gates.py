@@ -9,7 +9,7 @@ __all__ = ['GATES', 'judge', 'nearest_vendor', 'content_at_1', 'copy_rate']
 "Is the base good enough for a study? Gates with floors and ceilings."
 import numpy as np
 
-from ..paired import content_scores, unit
+from ..measure.retrieval import content_scores, unit
 
 # %% ../../nbs/pretrain/07_gates.ipynb #ff820478
 GATES = dict(  # name: (least share of the ceiling on cpu, on gpu); psnr in dB, copy rate at most
