@@ -209,9 +209,9 @@ def start_study(
     a, # parsed options
 ):     # 1 if a run failed
     "Carry out a profile and build the site."
-    from stylelora.study import run_study
-    from stylelora.parallel import run_parallel
-    from stylelora.runs import run_batch
+    from stylelora.study.study import run_study
+    from stylelora.study.runs import run_parallel
+    from stylelora.study.runs import run_batch
     many = partial(run_parallel, jobs=a.jobs) if a.jobs != 1 else run_batch
     done = run_study(a.profile, dry=a.dry_run, force=a.force, batch=many)
     if (done.status == 'failed').any(): return 1

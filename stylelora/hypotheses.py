@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 from .core import root
 from .stats.tests import aligned, draw_means, mean_tau, unit_means
-from .results import SCHEMA, load_results, metric_of, results_folder
+from .study.results import SCHEMA, load_results, metric_of, results_folder
 from .stats.intervals import cluster_bootstrap, holm, sign_flip
 
 # %% ../nbs/64_hypotheses.ipynb #bab48242

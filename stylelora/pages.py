@@ -149,7 +149,7 @@ def find_interval(
     words, # conditions, among them arm==… and perhaps baseline==…; the metric; `short` leaves out words
 ) -> str:  # an estimate with its interval
     "Print the mean of an arm, or its difference to a baseline, with its interval."
-    from stylelora.results import value
+    from stylelora.study.results import value
     given, fields = dict(w.split('==', 1) for w in words if '==' in w), [w for w in words if '==' not in w]
     if 'arm' not in given or not fields: raise ValueError('an interval needs arm==… and the name of a metric')
     rows = choose(data, [f'{k}=={v}' for k, v in given.items() if k not in ('arm', 'baseline')])
@@ -160,7 +160,7 @@ def find_arms(
     words, # conditions, and names of metrics
 ) -> str:  # a pipe table: floors, arms, ceilings
     "Write the table of all arms with intervals."
-    from stylelora.results import markdown, table
+    from stylelora.study.results import markdown, table
     rows = choose(data, [w for w in words if '==' in w])
     return markdown(table(rows, [w for w in words if '==' not in w]))
 

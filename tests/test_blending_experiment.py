@@ -7,8 +7,8 @@ import pytest
 
 from stylelora.core import read_json
 from stylelora.hypotheses import judge_hypothesis, load_hypotheses, with_details
-from stylelora.plan import plan_runs, read_profile, training_runs
-from stylelora.study import run_study
+from stylelora.study.plan import plan_runs, read_profile, training_runs
+from stylelora.study.study import run_study
 
 MIXTURES = ["exact_0.00", "exact_0.50", "exact_1.00", "naive_0.50"]
 DOSES = "style_dose other_style_dose dose_palette dose_outline dose_shading dose_shape".split()

@@ -12,7 +12,7 @@ from stylelora.models.load import load_base
 def run(place, **given):
     "Execute the notebook; give what it printed."
     import papermill
-    from stylelora.runs import this_kernel
+    from stylelora.study.runs import this_kernel
     source, target = root()/'nbs'/'demo'/'own_style.ipynb', place/'own_style.ipynb'
     papermill.execute_notebook(str(source), str(target), parameters=given, kernel_name='python3', language='python',
                                kernel_manager_class=this_kernel(), cwd=str(root()), progress_bar=False)

@@ -15,9 +15,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from stylelora.core import root
-from stylelora.params import read_runs, replay
-from stylelora.plan import known_runs, plan_runs, read_profile
-from stylelora.runs import is_complete, main, report, run_batch, run_one
+from stylelora.study.params import read_runs, replay
+from stylelora.study.plan import known_runs, plan_runs, read_profile
+from stylelora.study.runs import is_complete, main, report, run_batch, run_one
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = """steps = 3           # how far to count
@@ -129,7 +129,7 @@ def test_a_notebook_that_kills_its_kernel_is_a_failure_too(place):
 
 def test_a_killed_runner_resumes_to_the_same_result(place):
     run, = read_runs(place(steps=6, pause=.3))
-    words = [sys.executable, "-c", "import sys; from stylelora.runs import main; sys.exit(main(sys.argv[1:]))",
+    words = [sys.executable, "-c", "import sys; from stylelora.study.runs import main; sys.exit(main(sys.argv[1:]))",
              str(place(steps=6, pause=.3)), "--folder", str(place.folder)]
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     runner = subprocess.Popen(words, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -138,7 +138,7 @@ def test_a_killed_runner_resumes_to_the_same_result(place):
         if part.exists() and json.loads(part.read_text())[0] >= 2: break
         time.sleep(.1)
     with pytest.raises(RuntimeError, match="is being executed by process"):             # nobody else may join in
-        from stylelora.runs import claim
+        from stylelora.study.runs import claim
         claim(part.parent)
     runner.send_signal(signal.SIGKILL); runner.wait()
     assert not final.exists() and not is_complete(part.parent)

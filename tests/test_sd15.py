@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from stylelora.models.base import tiny_base
 from stylelora.core import read_json, root
-from stylelora.cost import cost_lines
+from stylelora.study.plan import cost_lines
 from stylelora.adapters.files import read_lora
 from stylelora.models.load import load_base, save_base
-from stylelora.plan import announce, inputs_of, plan_runs, read_profile
+from stylelora.study.plan import announce, inputs_of, plan_runs, read_profile
 from tests.fixtures import tiny_scorers
-from stylelora.study import run_study
+from stylelora.study.study import run_study
 
 PARAMS = root()/'reports'/'params'
 PARTS = read_profile('sd15')['parts']

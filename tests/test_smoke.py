@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 
 from stylelora.core import hash_files, read_json, root
-from stylelora.parallel import run_parallel
-from stylelora.results import SCHEMA
-from stylelora.runs import is_complete
-from stylelora.study import read_profile, plan_runs, run_study
+from stylelora.study.runs import run_parallel
+from stylelora.study.results import SCHEMA
+from stylelora.study.runs import is_complete
+from stylelora.study.study import read_profile, plan_runs, run_study
 
 FIGURES = "scatter.svg density.svg curves.svg contrasts.svg samples.webp progression.webp".split()
 
@@ -94,7 +94,7 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path):
 
 
 def test_a_killed_study_ends_with_the_same_adapter(study, tmp_path):
-    code = f"from stylelora.study import run_study; run_study('smoke', out={str(tmp_path)!r})"
+    code = f"from stylelora.study.study import run_study; run_study('smoke', out={str(tmp_path)!r})"
     run = subprocess.Popen([sys.executable, "-c", code], cwd=root(), start_new_session=True,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     half = trained(tmp_path).parent

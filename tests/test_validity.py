@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from stylelora.core import read_json, root
-from stylelora.params import Run, complete_parameters
-from stylelora.results import SCHEMA, append_results
-from stylelora.runs import run_one
+from stylelora.study.params import Run, complete_parameters
+from stylelora.study.results import SCHEMA, append_results
+from stylelora.study.runs import run_one
 from stylelora.measure.validity import variance_shares
 
 SKILL = dict(L1=.6, L2=.4, no_lora=.05, nearest_vendor=0., wrong_concept=-.5, truth=1.)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from stylelora.core import generator
-from stylelora.cost import measure_base, record_cost
+from stylelora.study.plan import measure_base, record_cost
 from stylelora.models.base import full_base
 from stylelora.models.load import save_base
 from stylelora.models.tiny import randomise

@@ -36,7 +36,7 @@ def from_text(text, old=None):
 
 def run(path, timeout=1800):
     from nbclient import NotebookClient
-    from stylelora.study import lighter
+    from stylelora.study.study import lighter
     nb = nbformat.read(path, 4)
     NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}).execute()
     for c in nb.cells:

@@ -6,7 +6,7 @@ said. The real budgets stand in nbs/pretrain/budget.yaml; pairs given here win o
 import sys
 from pathlib import Path
 import papermill, yaml
-from stylelora.params import Loader      # knows that 8e-4 is a number
+from stylelora.study.params import Loader      # knows that 8e-4 is a number
 
 ROOT = Path(__file__).resolve().parent.parent
 
