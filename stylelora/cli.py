@@ -227,7 +227,7 @@ def build(
     renderer='auto', # 'auto', 'quarto' or 'smalldocs'
 ):
     "Build the site."
-    from stylelora.site import build_site
+    from stylelora.report.site import build_site
     build_site(out, renderer)
 
 # %% ../nbs/69_cli.ipynb #ca89ad5d

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from stylelora.core import read_json
-from stylelora.hypotheses import judge_hypothesis, load_hypotheses, with_details
+from stylelora.report.hypotheses import judge_hypothesis, load_hypotheses, with_details
 from stylelora.study.plan import plan_runs, read_profile, training_runs
 from stylelora.study.study import run_study
 

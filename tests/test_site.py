@@ -5,7 +5,7 @@ from urllib.parse import unquote, urldefrag
 import pytest
 from tests import chromium
 from stylelora.core import root
-from stylelora.site import RAW, build_site, check_site, read_config
+from stylelora.report.site import RAW, build_site, check_site, read_config
 
 LOOK = """(async () => {
   const images = [...document.images];
