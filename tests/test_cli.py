@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from stylelora.cli import main
+from stylelora.apps.cli import main
 from stylelora.core import assets
 from stylelora.sample.generate import generate
 from stylelora.models.load import load_base
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("study", "train", "sample", "report")
 
 def run(*words, **more):  # the command in a fresh process
-    return subprocess.run([sys.executable, "-m", "stylelora.cli", *map(str, words)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "stylelora.apps.cli", *map(str, words)], capture_output=True, text=True,
                           cwd=more.pop("cwd", ROOT), env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300)
 
 def fails(capsys, *words):  # what the command says when it refuses
@@ -42,7 +42,7 @@ def test_help_comes_at_once_and_is_worth_reading():
     done = run("--help")
     spent = time.time() - start
     assert done.returncode == 0 and all(c in done.stdout for c in COMMANDS)
-    code = "import sys, stylelora.cli as c; c.make_parser(); print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
+    code = "import sys, stylelora.apps.cli as c; c.make_parser(); print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
     assert spent < 10, spent   # torch alone takes longer than this on a busy machine

@@ -8,11 +8,11 @@ from PIL import Image
 from tests import chromium
 from stylelora.models.base import tiny_base
 from stylelora.core import generator
-from stylelora.demo import DemoSettings, draw, fit_image
+from stylelora.apps.demo import DemoSettings, draw, fit_image
 from stylelora.adapters.files import save_lora
 from stylelora.adapters.lora import inject, lora_layers, remove
 from stylelora.models.load import load_base
-from stylelora.panel import HELP
+from stylelora.apps.panel import HELP
 from stylelora.sample.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -64,7 +64,7 @@ def test_modules_and_command_travel_in_the_wheel(wheel):
     with zipfile.ZipFile(next(out.glob("*.whl"))) as z:
         info = {n.split("/")[-1]: z.read(n).decode() for n in z.namelist() if ".dist-info/" in n and not n.endswith("/")
                 and n.split("/")[-1] in ("METADATA", "entry_points.txt")}
-    assert "stylelora = stylelora.cli:main" in info["entry_points.txt"]
+    assert "stylelora = stylelora.apps.cli:main" in info["entry_points.txt"]
     assert "Requires-Dist: diffusers==" in info["METADATA"] and "Provides-Extra: dev" in info["METADATA"]
 
 def test_drawings_under_share_alike_have_their_licence_beside_them():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from stylelora.models.base import tiny_base
 from stylelora.adapters.merge import delta_of
-from stylelora.cli import main
+from stylelora.apps.cli import main
 from stylelora.core import generator
 from stylelora.adapters.files import kohya_bytes, kohya_name, load_adapter, read_adapter, save_adapter
 from .certificate import LIMITS, certify, holds, make_row, summarise, write_certificate
