@@ -12,7 +12,6 @@ import hashlib, json, os, re, sys, tempfile, unicodedata
 from pathlib import Path
 import numpy as np
 import torch
-from torch import nn
 
 # %% ../nbs/00_tools/01_core.ipynb #3a16d181
 def root() -> Path: # folder of the checkout, or the working folder outside one

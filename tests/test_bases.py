@@ -17,7 +17,8 @@ from stylelora.models.load import load_base, save_base
 from stylelora.models.tiny import published_unet, quiet, share_table
 from stylelora.sample.samplers import pick_sampler
 from stylelora.train.step import check_pair, step_loss
-from stylelora.train.loop import TrainConfig, plain_objective, train
+from stylelora.train.loop import plain_objective, train
+from stylelora.train.step import TrainConfig
 
 KINDS = ('sd1', 'sd2', 'sdxl')
 CONFIG = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear')

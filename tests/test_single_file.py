@@ -6,7 +6,8 @@ import re
 import pytest, torch
 from safetensors.torch import save_file
 from stylelora.core import generator
-from stylelora.models.load import decode, denoiser, encode_image, encode_text, load_base, make_base, save_base, tiny_base
+from stylelora.models.base import decode, denoiser, encode_image, encode_text, make_base, tiny_base
+from stylelora.models.load import load_base, save_base
 from stylelora.models.tiny import randomise
 
 RESNET = {'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1', 'norm2': 'out_layers.0',

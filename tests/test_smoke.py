@@ -15,7 +15,8 @@ from stylelora.core import hash_files, read_json, root
 from stylelora.study.runs import run_parallel
 from stylelora.study.results import SCHEMA
 from stylelora.study.runs import is_complete
-from stylelora.study.study import read_profile, plan_runs, run_study
+from stylelora.study.plan import read_profile, plan_runs
+from stylelora.study.study import run_study
 
 FIGURES = "scatter.svg density.svg curves.svg contrasts.svg samples.webp progression.webp".split()
 

@@ -15,7 +15,8 @@ def training(folder, on_step=None, **changes):
     import torch
     from stylelora.models.base import encode_text, tiny_base
     from stylelora.core import generator
-    from stylelora.train.loop import make_config, train
+    from stylelora.train.loop import train
+    from stylelora.train.step import make_config
     torch.set_num_threads(1)                                                  # other numbers of threads, other last bits
     base = tiny_base()
     data = torch.randn(6, 4, 8, 8, generator=generator('pictures')), encode_text(base, list('abcdef'))

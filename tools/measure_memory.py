@@ -79,7 +79,8 @@ def measure(option, latent, batch, steps, device):
     from stylelora.models.base import encode_text, full_base
     from stylelora.core import generator
     from stylelora.adapters.lora import count_parameters
-    from stylelora.train.loop import TrainConfig, train
+    from stylelora.train.loop import train
+    from stylelora.train.step import TrainConfig
     change = dict(OPTIONS[option] or {})
     dtype, keep = change.pop('dtype', 'float32'), change.pop('keep', None)
     before, networks.randomise = resident('VmRSS'), fill

@@ -9,7 +9,7 @@ __all__ = ['FILE', 'LAYOUTS', 'to_tensors', 'adapter_config', 'pack', 'diffusers
            'save_adapter', 'load_parts', 'load_adapter']
 
 # %% ../../nbs/02_adapters/03_files.ipynb #91de049b
-import json, math, re, struct, torch
+import json, re, struct, torch
 import safetensors.torch
 from collections import Counter
 from pathlib import Path

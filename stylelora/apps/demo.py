@@ -24,7 +24,8 @@ from ..adapters.files import FILE, save_lora
 from ..sample.generate import Settings, generate, kept_steps
 from ..data.grid import Grid, grid_images, make_caption, tidy
 from ..adapters.lora import remove
-from ..train.loop import make_config, train
+from ..train.loop import train
+from ..train.step import make_config
 
 # %% ../../nbs/11_apps/02_demo.ipynb #d57f1a30
 @dataclass(frozen=True)

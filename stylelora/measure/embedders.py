@@ -15,7 +15,7 @@ from torch import nn
 from safetensors.torch import load_file
 from ..core import assets, pick_device, read_json, write_json
 from .pixels import as_images, resized
-from ..models.base import quiet, tiny_tokenizer
+from ..models.tiny import quiet
 from ..models.load import PICKLES
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #bd8c6491

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Base', 'quick_attention', 'misfit', 'make_base', 'tiny_base', 'full_base', 'encode_text', 'count_tokens',
            'encode_image', 'decode', 'to_uint8', 'x0_from', 'guide', 'with_sizes', 'same_sizes', 'ask_unet',
-           'check_context', 'EpsModel', 'denoiser', 'quiet', 'tiny_tokenizer']
+           'check_context', 'EpsModel', 'denoiser']
 
 # %% ../../nbs/03_models/02_base.ipynb #af7e805f
 import torch
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from torch import nn
 from ..core import expand_as, generator, pick_device, pick_dtype, sha256_bytes
-from .tiny import published_unet, quiet, randomise, tiny_networks, tiny_tokenizer
+from .tiny import published_unet, randomise, tiny_networks, tiny_tokenizer
 from ..noise.schedule import Schedule
-_all_ = ['Base', 'full_base', 'make_base', 'quick_attention', 'quiet', 'tiny_base', 'tiny_tokenizer']
 
 # %% ../../nbs/03_models/02_base.ipynb #c43c47aa
 @dataclass

@@ -4,9 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SECOND', 'PICKLES', 'part_problem', 'wants_two', 'check_base_folder', 'load_part', 'first_line', 'find_vae',
-           'load_vae', 'with_vae', 'load_folder', 'save_base', 'load_hub', 'kind_of_file', 'load_file', 'load_base',
-           'Base', 'EpsModel', 'count_tokens', 'decode', 'denoiser', 'encode_image', 'encode_text', 'make_base',
-           'tiny_base', 'to_uint8']
+           'load_vae', 'with_vae', 'load_folder', 'save_base', 'load_hub', 'kind_of_file', 'load_file', 'load_base']
 
 # %% ../../nbs/03_models/03_load.ipynb #6801eb58
 import tempfile, torch
@@ -14,13 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from torch import nn
 from copy import deepcopy
-from .base import (Base, EpsModel, count_tokens, decode, denoiser, encode_image, encode_text,
-                            make_base, quiet, tiny_base, to_uint8)
+from .base import Base, make_base, tiny_base
+from .tiny import quiet
 from ..core import assets, hash_files, pick_device, pick_dtype, read_json, sha256_bytes
 from .tiny import TINY
 from ..noise.schedule import schedule_from_config
-_all_ = ['Base', 'EpsModel', 'PARTS', 'PICKLES', 'check_base_folder', 'count_tokens', 'decode', 'denoiser',
-         'encode_image', 'encode_text', 'make_base', 'part_problem', 'tiny_base', 'to_uint8']
 
 # %% ../../nbs/03_models/03_load.ipynb #dbd26284
 PARTS = {'unet': '*.safetensors', 'vae': '*.safetensors', 'text_encoder': '*.safetensors',

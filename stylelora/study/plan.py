@@ -22,7 +22,8 @@ from ..models.load import load_base
 from ..models.tiny import published_unet
 from ..sample.samplers import pick_sampler
 from ..train.step import LEVELS
-from ..train.loop import make_config, train
+from ..train.loop import train
+from ..train.step import make_config
 from .params import Loader, Run, complete_parameters, declared, expand, unknown
 from .results import KEPT, completed, write_table
 from .runs import is_complete

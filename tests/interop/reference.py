@@ -7,7 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 import torch
 from torch import nn
-from stylelora.models.base import quiet, tiny_tokenizer
+from stylelora.models.tiny import quiet, tiny_tokenizer
 from stylelora.core import assets, generator
 from stylelora.adapters.files import read_adapter
 from stylelora.adapters.lora import find_targets
