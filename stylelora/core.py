@@ -14,187 +14,218 @@ import numpy as np
 import torch
 
 # %% ../nbs/00_tools/01_core.ipynb #3a16d181
-def root() -> Path: # folder of the checkout, or the working folder outside one
+def root() -> Path:  # folder of the checkout, or the working folder outside one
     "Find the repository: the nearest parent that holds this project's settings.ini."
+
     def ours(p):
-        file = p/'settings.ini'
-        return file.is_file() and 'lib_name = stylelora' in file.read_text(encoding='utf-8')
-    cwd, package = Path.cwd(), Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
+        file = p / "settings.ini"
+        return file.is_file() and "lib_name = stylelora" in file.read_text(encoding="utf-8")
+
+    cwd, package = Path.cwd(), Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
     candidates = [cwd, *cwd.parents, package, *package.parents]
     return next((p for p in candidates if ours(p)), cwd)
 
 # %% ../nbs/00_tools/01_core.ipynb #e09aa457
-def assets() -> Path: # `stylelora/assets`, inside the package
+def assets() -> Path:  # `stylelora/assets`, inside the package
     "Locate the folder of the embedded model and the embedded drawings."
-    return (Path(__file__).resolve().parent if '__file__' in globals() else root()/'stylelora')/'assets'
+    return (Path(__file__).resolve().parent if "__file__" in globals() else root() / "stylelora") / "assets"
 
 # %% ../nbs/00_tools/01_core.ipynb #d4152968
 def pick_device(
-    device='auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or a torch.device
-) -> torch.device: # a device that exists on this machine
+    device="auto",  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or a torch.device
+) -> torch.device:  # a device that exists on this machine
     "Turn a wish into a device that exists here; 'auto' prefers cuda, then mps, then cpu."
-    mps = getattr(torch.backends, 'mps', None)
-    here = {'cuda': torch.cuda.is_available(), 'mps': bool(mps and mps.is_available()), 'cpu': True}
-    kind = str(device).split(':')[0]
-    if kind == 'auto': return torch.device(next(k for k in here if here[k]))
-    if kind not in here: raise ValueError(f"device={device!r} is unknown; use 'auto', 'cpu', 'cuda' or 'mps'")
-    if not here[kind]: raise ValueError(f"device={device!r} is not available here; use 'auto' or 'cpu'")
+    mps = getattr(torch.backends, "mps", None)
+    here = {"cuda": torch.cuda.is_available(), "mps": bool(mps and mps.is_available()), "cpu": True}
+    kind = str(device).split(":")[0]
+    if kind == "auto":
+        return torch.device(next(k for k in here if here[k]))
+    if kind not in here:
+        raise ValueError(f"device={device!r} is unknown; use 'auto', 'cpu', 'cuda' or 'mps'")
+    if not here[kind]:
+        raise ValueError(f"device={device!r} is not available here; use 'auto' or 'cpu'")
     return torch.device(device)
 
 # %% ../nbs/00_tools/01_core.ipynb #a3722602
 def pick_dtype(
-    name='float32', # 'float32', 'bfloat16', 'float16' or a torch.dtype
-) -> torch.dtype:   # the number format
+    name="float32",  # 'float32', 'bfloat16', 'float16' or a torch.dtype
+) -> torch.dtype:  # the number format
     "Turn the name of a number format into a torch.dtype."
-    known = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-    key = str(name).removeprefix('torch.')
-    if key not in known: raise ValueError(f'dtype={name!r} is unknown; use one of {", ".join(known)}')
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    key = str(name).removeprefix("torch.")
+    if key not in known:
+        raise ValueError(f"dtype={name!r} is unknown; use one of {', '.join(known)}")
     return known[key]
 
 # %% ../nbs/00_tools/01_core.ipynb #0d1b8b2f
 def pick_precision(
-    precision='auto', # 'auto', or the name of a number format
-    device='cpu',     # where the arithmetic happens
-) -> str:             # name of a number format
+    mixed_precision="auto",  # 'auto', or the name of a number format
+    device="cpu",  # where the arithmetic happens
+) -> str:  # name of a number format
     "Turn a wish into a number format; 'auto' is bfloat16 where the hardware has it."
-    if precision != 'auto': return str(pick_dtype(precision)).removeprefix('torch.')
+    if mixed_precision != "auto":
+        return str(pick_dtype(mixed_precision)).removeprefix("torch.")
     kind = torch.device(device).type
-    native = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)
-    fast = native() if kind == 'cpu' else kind == 'cuda' and torch.cuda.is_bf16_supported()
-    return 'bfloat16' if fast else 'float32'
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    fast = native() if kind == "cpu" else kind == "cuda" and torch.cuda.is_bf16_supported()
+    return "bfloat16" if fast else "float32"
 
 # %% ../nbs/00_tools/01_core.ipynb #676b40d9
 def seed_of(
-    *parts, # anything that prints: names, numbers, tuples
-) -> int:   # stable seed in [0, 2**63)
+    *parts,  # anything that prints: names, numbers, tuples
+) -> int:  # stable seed in [0, 2**63)
     "Hash the name of a random event to a 63-bit seed, equal on every machine."
-    if not parts: raise ValueError('seed_of() needs at least one part, for instance seed_of("noise", step)')
-    text = '\x1f'.join(str(p) for p in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') >> 1
+    if not parts:
+        raise ValueError('seed_of() needs at least one part, for instance seed_of("noise", step)')
+    text = "\x1f".join(str(p) for p in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 # %% ../nbs/00_tools/01_core.ipynb #92697163
 def generator(
-    *parts,       # name of the random event, see `seed_of`
-    device='cpu', # where the generator lives; noise is drawn on the cpu unless you have a reason
-) -> torch.Generator: # fresh generator, in its first state
+    *parts,  # name of the random event, see `seed_of`
+    device="cpu",  # where the generator lives; noise is drawn on the cpu unless you have a reason
+) -> torch.Generator:  # fresh generator, in its first state
     "Make the generator that belongs to a named random event."
     return torch.Generator(device).manual_seed(seed_of(*parts))
 
 # %% ../nbs/00_tools/01_core.ipynb #ccb14a7e
 def randn_each(
-    shape,       # shape of one image (c,h,w)
+    shape,  # shape of one image (c,h,w)
     generators,  # one cpu torch.Generator per image, b of them
-    device=None, # where the noise goes, cpu if None
+    device=None,  # where the noise goes, cpu if None
     dtype=None,  # its number format, float32 if None
-) -> torch.Tensor: # unit normal noise (b,c,h,w)
+) -> torch.Tensor:  # unit normal noise (b,c,h,w)
     "Draw noise with one generator per image, so that an image is independent of its batch."
     generators = list(generators)
-    if not generators: raise ValueError('generators is empty; pass one generator per image')
-    if bad := [g for g in generators if g.device.type != 'cpu']:
+    if not generators:
+        raise ValueError("generators is empty; pass one generator per image")
+    if bad := [g for g in generators if g.device.type != "cpu"]:
         raise ValueError(f"generator on {bad[0].device}; noise is drawn with generators on the cpu")
     noise = torch.stack([torch.randn(tuple(shape), generator=g, dtype=torch.float32) for g in generators])
     return noise.to(device=device, dtype=dtype)
 
 # %% ../nbs/00_tools/01_core.ipynb #2db1cb3b
 def expand_as(
-    v:torch.Tensor, # one value per image (b,)
-    x:torch.Tensor, # batch with the images first (b,c,h,w)
+    v: torch.Tensor,  # one value per image (b,)
+    x: torch.Tensor,  # batch with the images first (b,c,h,w)
 ) -> torch.Tensor:  # the same values as (b,1,1,1)
     "View one value per image so that it broadcasts over a batch."
-    return v.view(-1, *[1]*(x.ndim - 1))
+    return v.view(-1, *[1] * (x.ndim - 1))
 
 # %% ../nbs/00_tools/01_core.ipynb #8b611786
 def write_atomic(
-    path, # target file; missing folders are made
-    data, # bytes, or text that is stored as UTF-8
-) -> Path: # the target
+    path,  # target file; missing folders are made
+    data,  # bytes, or text that is stored as UTF-8
+) -> Path:  # the target
     "Write a file so that it is either the old one or the whole new one, also after a crash."
     path, raw = Path(path), data.encode() if isinstance(data, str) else bytes(data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, 'wb') as f: f.write(raw); f.flush(); os.fsync(f.fileno())
+        with os.fdopen(handle, "wb") as f:
+            f.write(raw)
+            f.flush()
+            os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException: Path(temporary).unlink(missing_ok=True); raise
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
     return path
 
 # %% ../nbs/00_tools/01_core.ipynb #d4fd8902
 def _plain(o):
     "Convert what json does not know: arrays, tensors, scalars, paths, sets."
-    if isinstance(o, (np.generic, np.ndarray, torch.Tensor)): return o.tolist()
-    if isinstance(o, (set, frozenset)): return sorted(o)
-    if isinstance(o, (Path, torch.dtype, torch.device)): return str(o)
-    raise TypeError(f'{type(o).__name__} is no JSON: {o!r}; convert it to numbers or text first')
+    if isinstance(o, (np.generic, np.ndarray, torch.Tensor)):
+        return o.tolist()
+    if isinstance(o, (set, frozenset)):
+        return sorted(o)
+    if isinstance(o, (Path, torch.dtype, torch.device)):
+        return str(o)
+    raise TypeError(f"{type(o).__name__} is no JSON: {o!r}; convert it to numbers or text first")
+
 
 def write_json(
-    path, # target file
+    path,  # target file
     obj,  # dict or list of plain values, arrays, paths
-) -> Path: # the target
+) -> Path:  # the target
     "Write an object as readable JSON, atomically; NaN and infinity are refused."
-    try: text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
-    except ValueError as e: raise ValueError(f'{path}: {e}; write None for a missing value') from None
-    return write_atomic(path, text + '\n')
+    try:
+        text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}; write None for a missing value") from None
+    return write_atomic(path, text + "\n")
+
 
 def read_json(
-    path, # file written by `write_json`, or any JSON
-): # the object
+    path,  # file written by `write_json`, or any JSON
+):  # the object
     "Read a JSON file."
-    return json.loads(Path(path).read_text(encoding='utf-8'))
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 # %% ../nbs/00_tools/01_core.ipynb #5b17f501
 def sha256_bytes(
-    data, # bytes or text
-) -> str: # 64 hexadecimal digits
+    data,  # bytes or text
+) -> str:  # 64 hexadecimal digits
     "Fingerprint bytes with SHA-256."
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
+
 def hash_files(
-    paths, # a file, a folder (all files below it), or a list of these
+    paths,  # a file, a folder (all files below it), or a list of these
 ) -> str:  # 64 hexadecimal digits
     "Fingerprint files by name and content; order and location do not matter."
     entries = []
     for p in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
-        if not p.exists(): raise FileNotFoundError(f'{p} does not exist; pass existing files or folders')
-        files, top = ([f for f in p.rglob('*') if f.is_file()], p) if p.is_dir() else ([p], p.parent)
+        if not p.exists():
+            raise FileNotFoundError(f"{p} does not exist; pass existing files or folders")
+        files, top = ([f for f in p.rglob("*") if f.is_file()], p) if p.is_dir() else ([p], p.parent)
         entries += [(f.relative_to(top).as_posix(), sha256_bytes(f.read_bytes())) for f in files]
     return sha256_bytes(json.dumps(sorted(entries)))
 
 # %% ../nbs/00_tools/01_core.ipynb #617a579c
 def slug(
-    text, # any text
-) -> str: # lower-case ascii words joined by '-', never empty
+    text,  # any text
+) -> str:  # lower-case ascii words joined by '-', never empty
     "Make a file name from a text."
-    plain = unicodedata.normalize('NFKD', str(text)).encode('ascii', 'ignore').decode().lower()
-    return re.sub(r'[^a-z0-9]+', '-', plain).strip('-') or sha256_bytes(str(text))[:8]
+    plain = unicodedata.normalize("NFKD", str(text)).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or sha256_bytes(str(text))[:8]
+
 
 def human_bytes(
-    n, # number of bytes
-) -> str: # such as '1.5 MB', decimal units
+    n,  # number of bytes
+) -> str:  # such as '1.5 MB', decimal units
     "Print a number of bytes with a unit."
-    for unit in ('B', 'kB', 'MB', 'GB'):
-        if abs(n) < 1000: return f'{n:.3g} {unit}'
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 1000:
+            return f"{n:.3g} {unit}"
         n /= 1000
-    return f'{n:.3g} TB'
+    return f"{n:.3g} TB"
+
 
 def human_time(
-    seconds, # duration in seconds
-) -> str:    # such as '850 ms', '12.3 s', '4 min 05 s', '2 h 03 min'
+    seconds,  # duration in seconds
+) -> str:  # such as '850 ms', '12.3 s', '4 min 05 s', '2 h 03 min'
     "Print a duration as a person would."
-    if seconds < 1: return f'{1000*seconds:.0f} ms'
-    if seconds < 60: return f'{seconds:.1f} s'
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
     m, s = divmod(round(seconds), 60)
-    return f'{m} min {s:02d} s' if m < 60 else f'{m//60} h {m%60:02d} min'
+    return f"{m} min {s:02d} s" if m < 60 else f"{m // 60} h {m % 60:02d} min"
 
 # %% ../nbs/00_tools/01_core.ipynb #08707be5
 def peak_memory_mb(
-    device='cpu', # device whose memory is meant
-) -> float:       # highest use so far, in MB (1e6 bytes)
+    device="cpu",  # device whose memory is meant
+) -> float:  # highest use so far, in MB (1e6 bytes)
     "Report the peak memory of this process, or of its GPU allocator."
-    if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)/1e6
-    try: import resource
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
     except ImportError:
         import psutil
-        return psutil.Process().memory_info().rss/1e6
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit/1e6
+
+        return psutil.Process().memory_info().rss / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -16,97 +16,160 @@ from .core import seed_of, write_atomic
 
 # %% ../nbs/00_tools/02_plots.ipynb #5edcc261
 PALETTE = dict(
-    base='#8a8a8a', truth='#1a1a1a', floor='#b0b0b0', ceiling='#555555', train='#0072b2', val='#d55e00',
-    scaled_linear='#3a3a3a', quadratic='#c9a400', linear='#0072b2', cosine='#d55e00',
-    L1='#0072b2', L2='#d55e00', L3='#009e73', L4='#cc79a7', L5='#e69f00', L6='#56b4e9', L7='#003f6b',
-    own_schedule='#117733', L1_remapped='#7fb8dc', L2_remapped='#f0a572', snr_loss='#b2182b',
-    no_lora='#8a8a8a', uniform='#3a3a3a', snr_weighted='#009e73', high_noise='#cc79a7', low_noise='#7fbf3f',
-    mse='#3a3a3a', min_snr='#e69f00', p2='#8c564b', snr='#b2182b',
-    ddim='#0072b2', euler='#e69f00', euler_ancestral='#d55e00', dpmpp_2m='#009e73', dpmpp_sde='#cc79a7',
-    rank4='#9ecae1', rank8='#6baed6', rank16='#2171b5', rank32='#08306b')
+    base="#8a8a8a",
+    truth="#1a1a1a",
+    floor="#b0b0b0",
+    ceiling="#555555",
+    train="#0072b2",
+    val="#d55e00",
+    scaled_linear="#3a3a3a",
+    quadratic="#c9a400",
+    linear="#0072b2",
+    cosine="#d55e00",
+    L1="#0072b2",
+    L2="#d55e00",
+    L3="#009e73",
+    L4="#cc79a7",
+    L5="#e69f00",
+    L6="#56b4e9",
+    L7="#003f6b",
+    own_schedule="#117733",
+    L1_remapped="#7fb8dc",
+    L2_remapped="#f0a572",
+    snr_loss="#b2182b",
+    no_lora="#8a8a8a",
+    uniform="#3a3a3a",
+    snr_weighted="#009e73",
+    high_noise="#cc79a7",
+    low_noise="#7fbf3f",
+    mse="#3a3a3a",
+    min_snr="#e69f00",
+    p2="#8c564b",
+    snr="#b2182b",
+    ddim="#0072b2",
+    euler="#e69f00",
+    euler_ancestral="#d55e00",
+    dpmpp_2m="#009e73",
+    dpmpp_sde="#cc79a7",
+    rank4="#9ecae1",
+    rank8="#6baed6",
+    rank16="#2171b5",
+    rank32="#08306b",
+)
 VENDOR_PALETTE = dict(
-    noto='#f9a825', blob='#a86800', twemoji='#1d9bf0', emojione='#43a047', fxemoji='#e8590c',
-    openmoji='#7b4ea3', ink='#111111', fluent3d='#d6336c', streamline='#5c6bc0', flat='#00897b')
+    noto="#f9a825",
+    blob="#a86800",
+    twemoji="#1d9bf0",
+    emojione="#43a047",
+    fxemoji="#e8590c",
+    openmoji="#7b4ea3",
+    ink="#111111",
+    fluent3d="#d6336c",
+    streamline="#5c6bc0",
+    flat="#00897b",
+)
+
 
 def colour(
-    name, # name of a role, schedule, arm, sampler, vendor, or anything else
-): # colour as '#rrggbb'
+    name,  # name of a role, schedule, recipe, sampler, style, or anything else
+):  # colour as '#rrggbb'
     "Look up the fixed colour of a thing; unknown names get a stable colour from their hash."
     known = PALETTE | VENDOR_PALETTE
-    key = str(name).replace('-', '_')
-    return known.get(key, mpl.colors.to_hex(mpl.colors.hsv_to_rgb((seed_of(key) % 360/360, .65, .75))))
+    key = str(name).replace("-", "_")
+    return known.get(key, mpl.colors.to_hex(mpl.colors.hsv_to_rgb((seed_of(key) % 360 / 360, 0.65, 0.75))))
 
 # %% ../nbs/00_tools/02_plots.ipynb #aadda7e8
 def setup_style(
-    scale=1., # factor on all font sizes
+    scale=1.0,  # factor on all font sizes
 ):
     "Set matplotlib's defaults to the project's look; call it once at the top of a notebook."
-    mpl.rcParams.update({
-        'figure.dpi': 84, 'figure.constrained_layout.use': True, 'lines.linewidth': 1.6,
-        'font.size': 9*scale, 'axes.titlesize': 9*scale, 'legend.fontsize': 8*scale, 'legend.frameon': False,
-        'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .6, 'axes.grid': True,
-        'grid.color': '.92', 'axes.axisbelow': True, 'xtick.major.width': .6, 'ytick.major.width': .6,
-        'svg.hashsalt': 'stylelora', 'svg.fonttype': 'none',
-        'font.sans-serif': ['DejaVu Sans', 'Verdana', 'sans-serif']})
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 84,
+            "figure.constrained_layout.use": True,
+            "lines.linewidth": 1.6,
+            "font.size": 9 * scale,
+            "axes.titlesize": 9 * scale,
+            "legend.fontsize": 8 * scale,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.linewidth": 0.6,
+            "axes.grid": True,
+            "grid.color": ".92",
+            "axes.axisbelow": True,
+            "xtick.major.width": 0.6,
+            "ytick.major.width": 0.6,
+            "svg.hashsalt": "stylelora",
+            "svg.fonttype": "none",
+            "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
+        }
+    )
 
 # %% ../nbs/00_tools/02_plots.ipynb #9c35a82f
 def axes(
-    ax=None, # axes to draw on, or None for a new figure
-    figsize=(4.5, 3), # size of the new figure in inches
-): # axes
+    ax=None,  # axes to draw on, or None for a new figure
+    figsize=(4.5, 3),  # size of the new figure in inches
+):  # axes
     "Return the given axes, or those of a new figure."
     return plt.subplots(figsize=figsize)[1] if ax is None else ax
 
 # %% ../nbs/00_tools/02_plots.ipynb #fd679db9
 def to_rgb(
-    image, # (3,h,w), (1,h,w), (h,w), (h,w,3) tensor or array, or a PIL image
-    span=(0, 1), # values shown as black and white; bytes ignore it
-) -> np.ndarray: # (h,w,3) floats in [0,1]
+    image,  # (3,h,w), (1,h,w), (h,w), (h,w,3) tensor or array, or a PIL image
+    span=(0, 1),  # values shown as black and white; bytes ignore it
+) -> np.ndarray:  # (h,w,3) floats in [0,1]
     "Convert any picture to an RGB array for showing."
-    if hasattr(image, 'detach'): image = image.detach().cpu()
-    a = np.asarray(image.float() if getattr(image, 'is_floating_point', bool)() else image)
+    if hasattr(image, "detach"):
+        image = image.detach().cpu()
+    a = np.asarray(image.float() if getattr(image, "is_floating_point", bool)() else image)
     low, high = (0, 255) if a.dtype == np.uint8 else span
-    if a.ndim == 2: a = a[None]
+    if a.ndim == 2:
+        a = a[None]
     if a.ndim != 3 or not {a.shape[0], a.shape[-1]} & {1, 3}:
-        raise ValueError(f'a picture of shape {a.shape} is neither (c,h,w) nor (h,w,c) with 1 or 3 channels')
+        raise ValueError(f"a picture of shape {a.shape} is neither (c,h,w) nor (h,w,c) with 1 or 3 channels")
     last = a.shape[-1] in (1, 3) and not (a.shape[0] in (1, 3) and a.shape[1] == a.shape[2])
-    if not last: a = a.transpose(1, 2, 0)
-    return np.clip((np.broadcast_to(a, (*a.shape[:2], 3)).astype(float) - low)/(high - low), 0, 1)
+    if not last:
+        a = a.transpose(1, 2, 0)
+    return np.clip((np.broadcast_to(a, (*a.shape[:2], 3)).astype(float) - low) / (high - low), 0, 1)
 
 # %% ../nbs/00_tools/02_plots.ipynb #db8fcdac
 def canvas(
-    images, # nested sequence: rows of pictures, or an array (n,m,3,h,w); None leaves a gap
-    span=(0, 1), # values shown as black and white
-    gap=2,       # white pixels between pictures
-) -> np.ndarray: # (n*(h+gap)-gap, m*(w+gap)-gap, 3) floats in [0,1]
+    images,  # nested sequence: rows of pictures, or an array (n,m,3,h,w); None leaves a gap
+    span=(0, 1),  # values shown as black and white
+    gap=2,  # white pixels between pictures
+) -> np.ndarray:  # (n*(h+gap)-gap, m*(w+gap)-gap, 3) floats in [0,1]
     "Paste rows of pictures of one size on a white canvas."
     tiles = [[None if i is None else to_rgb(i, span) for i in row] for row in images]
     sizes = {t.shape[:2] for row in tiles for t in row if t is not None}
-    if len(sizes) != 1: raise ValueError(f'pictures of sizes {sorted(sizes)}; a grid needs one, resize them')
+    if len(sizes) != 1:
+        raise ValueError(f"pictures of sizes {sorted(sizes)}; a grid needs one, resize them")
     (h, w), n, m = sizes.pop(), len(tiles), max(map(len, tiles))
-    page = np.ones((n*(h + gap) - gap, m*(w + gap) - gap, 3))
+    page = np.ones((n * (h + gap) - gap, m * (w + gap) - gap, 3))
     for i, row in enumerate(tiles):
         for j, tile in enumerate(row):
-            if tile is not None: page[i*(h + gap):i*(h + gap) + h, j*(w + gap):j*(w + gap) + w] = tile
+            if tile is not None:
+                page[i * (h + gap) : i * (h + gap) + h, j * (w + gap) : j * (w + gap) + w] = tile
     return page
 
 # %% ../nbs/00_tools/02_plots.ipynb #0540e519
 def image_grid(
-    images, # nested sequence: rows of pictures, or an array (n,m,3,h,w); None leaves a gap
-    rows=None, # titles of the rows, n of them
-    cols=None, # titles of the columns, m of them
-    ax=None,   # axes; a new figure of fitting size if None
-    span=(0, 1), # values shown as black and white; bytes ignore it
-    gap=2,     # white pixels between pictures
-    height=.9, # inches per row of a new figure
-    title=None, # title of the whole grid
-): # axes
+    images,  # nested sequence: rows of pictures, or an array (n,m,3,h,w); None leaves a gap
+    rows=None,  # titles of the rows, n of them
+    cols=None,  # titles of the columns, m of them
+    ax=None,  # axes; a new figure of fitting size if None
+    span=(0, 1),  # values shown as black and white; bytes ignore it
+    gap=2,  # white pixels between pictures
+    height=0.9,  # inches per row of a new figure
+    title=None,  # title of the whole grid
+):  # axes
     "Show pictures in a grid with titles: rows are methods, columns are prompts."
     page = canvas(images, span, gap)
     n, m = len(images), max(map(len, images))
-    if ax is None: ax = plt.subplots(figsize=(height*n*page.shape[1]/page.shape[0] + .8, height*n + .3))[1]
-    ax.imshow(page, interpolation='nearest')
-    where = lambda k, pixels: (np.arange(k) + .5)*(pixels + gap)/k - .5 - gap/2
+    if ax is None:
+        ax = plt.subplots(figsize=(height * n * page.shape[1] / page.shape[0] + 0.8, height * n + 0.3))[1]
+    ax.imshow(page, interpolation="nearest")
+    where = lambda k, pixels: (np.arange(k) + 0.5) * (pixels + gap) / k - 0.5 - gap / 2
     ax.set_xticks(where(m, page.shape[1]) if cols is not None else [], list(cols or []))
     ax.set_yticks(where(n, page.shape[0]) if rows is not None else [], list(rows or []))
     ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
@@ -116,135 +179,162 @@ def image_grid(
 
 # %% ../nbs/00_tools/02_plots.ipynb #9afbcdb8
 def curve(
-    x, # positions (n,)
-    y, # values (n,), or one row per seed (k,n)
-    name='', # decides the colour, and is the label unless another is given
-    ax=None, # axes, new if None
-    label=None, # text for the legend
-    **style, # passed to the line: ls, lw, color, marker …
-): # axes
+    x,  # positions (n,)
+    y,  # values (n,), or one row per seed (k,n)
+    name="",  # decides the colour, and is the label unless another is given
+    ax=None,  # axes, new if None
+    label=None,  # text for the legend
+    **style,  # passed to the line: ls, lw, color, marker …
+):  # axes
     "Draw a line; with several seeds draw each thinly and their mean boldly."
     ax, y, style = axes(ax), np.atleast_2d(np.asarray(y, dtype=float)), dict(color=colour(name)) | style
-    if len(y) > 1: ax.plot(x, y.T, lw=.6, alpha=.45, color=style['color'])
+    if len(y) > 1:
+        ax.plot(x, y.T, lw=0.6, alpha=0.45, color=style["color"])
     ax.plot(x, y.mean(0), label=name if label is None else label, **style)
     return ax
 
+
 def band(
-    x,    # positions (n,)
+    x,  # positions (n,)
     low,  # lower ends (n,)
-    high, # upper ends (n,)
-    name='', # decides the colour
-    ax=None, # axes, new if None
-): # axes
+    high,  # upper ends (n,)
+    name="",  # decides the colour
+    ax=None,  # axes, new if None
+):  # axes
     "Shade an interval around a line."
     ax = axes(ax)
-    ax.fill_between(np.asarray(x), np.asarray(low), np.asarray(high), color=colour(name), alpha=.18, lw=0)
+    ax.fill_between(np.asarray(x), np.asarray(low), np.asarray(high), color=colour(name), alpha=0.18, lw=0)
     return ax
 
 # %% ../nbs/00_tools/02_plots.ipynb #94e74947
 def reference(
-    value, # where the line is
-    name='floor', # its name, written at the line, and its colour
-    ax=None, # axes, new if None
-    axis='y', # 'y' for a horizontal line at that value, 'x' for a vertical one
-): # axes
+    value,  # where the line is
+    name="floor",  # its name, written at the line, and its colour
+    ax=None,  # axes, new if None
+    axis="y",  # 'y' for a horizontal line at that value, 'x' for a vertical one
+):  # axes
     "Draw a floor or a ceiling as a dashed line with its name."
     ax = axes(ax)
-    (ax.axhline if axis == 'y' else ax.axvline)(value, color=colour(name), ls=(0, (4, 3)), lw=1, zorder=0)
-    spot = dict(xy=(1, value), xycoords=('axes fraction', 'data'), ha='right', va='bottom')
-    if axis == 'x': spot |= dict(xy=(value, 1), xycoords=('data', 'axes fraction'), va='top', rotation=90)
-    ax.annotate(name, color=colour(name), fontsize='small', **spot)
+    (ax.axhline if axis == "y" else ax.axvline)(value, color=colour(name), ls=(0, (4, 3)), lw=1, zorder=0)
+    spot = dict(xy=(1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    if axis == "x":
+        spot |= dict(xy=(value, 1), xycoords=("data", "axes fraction"), va="top", rotation=90)
+    ax.annotate(name, color=colour(name), fontsize="small", **spot)
     return ax
 
 # %% ../nbs/00_tools/02_plots.ipynb #2749d80b
 def scatter_ci(
-    x, y,  # estimates (n,) each
-    names, # n names, which decide the colours
-    x_ci=None, # intervals of x (n,2)
-    y_ci=None, # intervals of y (n,2)
-    ax=None,   # axes, new if None
-    marker='o', # matplotlib marker
-    beside=True, # write names beside the points; False leaves them to a legend
-): # axes
+    x,
+    y,  # estimates (n,) each
+    names,  # n names, which decide the colours
+    x_ci=None,  # intervals of x (n,2)
+    y_ci=None,  # intervals of y (n,2)
+    ax=None,  # axes, new if None
+    marker="o",  # matplotlib marker
+    beside=True,  # write names beside the points; False leaves them to a legend
+):  # axes
     "Draw named points with their intervals."
     ax = axes(ax)
     reach = lambda v, ci, i: None if ci is None else np.abs(np.asarray(ci[i], float) - v[i])[:, None]
     for i, name in enumerate(names):
-        ax.errorbar(x[i], y[i], xerr=reach(x, x_ci, i), yerr=reach(y, y_ci, i), fmt=marker, ms=5,
-                    color=colour(name), elinewidth=1, capsize=0, label=name)
-        if not beside: continue
-        ax.annotate(name, (x[i], y[i]), xytext=(5, 4), textcoords='offset points', fontsize='small',
-                    color=colour(name))
+        ax.errorbar(
+            x[i],
+            y[i],
+            xerr=reach(x, x_ci, i),
+            yerr=reach(y, y_ci, i),
+            fmt=marker,
+            ms=5,
+            color=colour(name),
+            elinewidth=1,
+            capsize=0,
+            label=name,
+        )
+        if not beside:
+            continue
+        ax.annotate(
+            name,
+            (x[i], y[i]),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize="small",
+            color=colour(name),
+        )
     return ax
 
 # %% ../nbs/00_tools/02_plots.ipynb #5d472e31
 def forest(
-    estimates, # differences (n,)
-    ci,        # their intervals (n,2)
-    names,     # n names, top to bottom
-    ax=None,   # axes, new if None
-    zero=0.,   # where "no difference" is
-): # axes
+    estimates,  # differences (n,)
+    ci,  # their intervals (n,2)
+    names,  # n names, top to bottom
+    ax=None,  # axes, new if None
+    zero=0.0,  # where "no difference" is
+):  # axes
     "Draw contrasts as rows: estimate, interval, and a line at no difference."
-    ax = axes(ax, (4.5, .35*len(names) + .8))
+    ax = axes(ax, (4.5, 0.35 * len(names) + 0.8))
     for i, (e, (low, high), name) in enumerate(zip(estimates, ci, names)):
-        ax.plot([low, high], [i, i], color=colour(name), lw=2, solid_capstyle='butt')
-        ax.plot([e], [i], 'o', color=colour(name), ms=5)
-    ax.axvline(zero, color='.4', lw=.8, zorder=0)
+        ax.plot([low, high], [i, i], color=colour(name), lw=2, solid_capstyle="butt")
+        ax.plot([e], [i], "o", color=colour(name), ms=5)
+    ax.axvline(zero, color=".4", lw=0.8, zorder=0)
     ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - .5, -.5)
+    ax.set_ylim(len(names) - 0.5, -0.5)
     return ax
 
 # %% ../nbs/00_tools/02_plots.ipynb #602940a0
 def radar(
-    values, # shares of the way from floor to ceiling (n,k); cut to [0,1]
+    values,  # shares of the way from floor to ceiling (n,k); cut to [0,1]
     names,  # n names, which decide the colours
-    spokes, # k titles, at least three
-    ax=None, # polar axes; new if None
-): # polar axes
+    spokes,  # k titles, at least three
+    ax=None,  # polar axes; new if None
+):  # polar axes
     "Draw profiles over several metrics, from floors in the middle to ceilings outside."
     v = np.clip(np.asarray(values, dtype=float), 0, 1)
     if v.shape != (len(names), len(spokes)) or len(spokes) < 3:
-        raise ValueError(f'values {v.shape}, {len(names)} names, {len(spokes)} spokes; want (n,k), k ≥ 3')
+        raise ValueError(f"values {v.shape}, {len(names)} names, {len(spokes)} spokes; want (n,k), k ≥ 3")
     ax = plt.subplots(figsize=(4, 3.6), subplot_kw=dict(polar=True))[1] if ax is None else ax
-    turn = np.linspace(0, 2*np.pi, len(spokes), endpoint=False)
+    turn = np.linspace(0, 2 * np.pi, len(spokes), endpoint=False)
     for row, name in zip(v, names):
         ax.plot([*turn, turn[0]], [*row, row[0]], color=colour(name), label=name, lw=1.4)
     ax.set_xticks(turn, list(spokes))
-    for label, u in zip(ax.get_xticklabels(), turn):   # beside the circle, not across it
-        label.set_ha('center' if np.isclose(np.sin(u), 0) else 'left' if np.sin(u) > 0 else 'right')
-    ax.set(ylim=(0, 1), theta_offset=np.pi/2, theta_direction=-1)
-    ax.set_yticks([.25, .5, .75, 1], ['', 'half', '', 'ceiling'], fontsize='x-small', color='.5')
+    for label, u in zip(ax.get_xticklabels(), turn):  # beside the circle, not across it
+        label.set_ha("center" if np.isclose(np.sin(u), 0) else "left" if np.sin(u) > 0 else "right")
+    ax.set(ylim=(0, 1), theta_offset=np.pi / 2, theta_direction=-1)
+    ax.set_yticks([0.25, 0.5, 0.75, 1], ["", "half", "", "ceiling"], fontsize="x-small", color=".5")
     return ax
 
 # %% ../nbs/00_tools/02_plots.ipynb #8d1ea5b6
 def shorter_svg(
-    svg, # bytes of an SVG by matplotlib
-) -> bytes: # the same drawing
+    svg,  # bytes of an SVG by matplotlib
+) -> bytes:  # the same drawing
     "Leave out what nobody sees: the third digit, blanks between tags, notes about the program."
-    svg = re.sub(rb'<metadata>.*?</metadata>', b'', svg, flags=re.S)
+    svg = re.sub(rb"<metadata>.*?</metadata>", b"", svg, flags=re.S)
+
     def tag(m):
-        less = m[0].replace(b' \n', b'').replace(b'; ', b';').replace(b': ', b':')
-        digits = rb'(\d\.\d)\d+' if len(less) > 300 else rb'(\d\.\d\d)\d+'          # curves, points
-        return less if b'scale(' in less else re.sub(digits, rb'\1', less)
-    return re.sub(rb'>\s+<', b'><', re.sub(rb'<[^>]*>', tag, svg))
+        less = m[0].replace(b" \n", b"").replace(b"; ", b";").replace(b": ", b":")
+        digits = rb"(\d\.\d)\d+" if len(less) > 300 else rb"(\d\.\d\d)\d+"  # curves, points
+        return less if b"scale(" in less else re.sub(digits, rb"\1", less)
+
+    return re.sub(rb">\s+<", b"><", re.sub(rb"<[^>]*>", tag, svg))
 
 # %% ../nbs/00_tools/02_plots.ipynb #8a4711e9
 def save_figure(
     fig,  # matplotlib figure
-    path, # file; the suffix is set by kind
-    kind='lines', # 'lines' writes SVG, 'images' writes WebP within the budget
-    limit=110_000, # largest WebP in bytes
-) -> Path: # the file written
+    path,  # file; the suffix is set by kind
+    kind="lines",  # 'lines' writes SVG, 'images' writes WebP within the budget
+    limit=110_000,  # largest WebP in bytes
+) -> Path:  # the file written
     "Save a figure: line drawings as SVG, pictures as a WebP that is small enough to commit."
-    if kind not in ('lines', 'images'): raise ValueError(f"kind={kind!r}; use 'lines' or 'images'")
-    path, suffix = Path(path), dict(lines='.svg', images='.webp')[kind]
+    if kind not in ("lines", "images"):
+        raise ValueError(f"kind={kind!r}; use 'lines' or 'images'")
+    path, suffix = Path(path), dict(lines=".svg", images=".webp")[kind]
+
     def draw(**options):
-        fig.savefig(out := io.BytesIO(), bbox_inches='tight', format=suffix[1:], **options)
+        fig.savefig(out := io.BytesIO(), bbox_inches="tight", format=suffix[1:], **options)
         return out.getvalue()
-    if kind == 'lines':
-        return write_atomic(path.with_suffix(suffix), shorter_svg(draw(metadata={'Date': None})))
+
+    if kind == "lines":
+        return write_atomic(path.with_suffix(suffix), shorter_svg(draw(metadata={"Date": None})))
     for dpi in (160, 130, 100, 80, 60, 45):
         raw = draw(dpi=dpi, pil_kwargs=dict(quality=75, method=6))
-        if len(raw) <= limit: return write_atomic(path.with_suffix(suffix), raw)
-    raise ValueError(f'{path}: {len(raw)} bytes at {dpi} dpi is over {limit}; draw fewer or smaller pictures')
+        if len(raw) <= limit:
+            return write_atomic(path.with_suffix(suffix), raw)
+    raise ValueError(f"{path}: {len(raw)} bytes at {dpi} dpi is over {limit}; draw fewer or smaller pictures")

@@ -1,4 +1,5 @@
 """Options of pytest for this project."""
+
 import pytest
 
 
@@ -6,7 +7,8 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that need minutes and gigabytes")
 
 
-def pytest_configure(config): config.addinivalue_line("markers", "slow: needs minutes and gigabytes; run with --slow")
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: needs minutes and gigabytes; run with --slow")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,41 +1,94 @@
 """What travels: the assets in the wheel, sizes in the tree, and nothing of anybody's machine or registry."""
-import configparser, re, subprocess, sys, zipfile
+
+import configparser
+import re
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MB = 1_000_000
-TEXT = {".py", ".ipynb", ".md", ".qmd", ".ini", ".yml", ".yaml", ".json", ".toml", ".txt", ".sh", ".css", ".bib", ".svg", ""}
+TEXT = {
+    ".py",
+    ".ipynb",
+    ".md",
+    ".qmd",
+    ".ini",
+    ".yml",
+    ".yaml",
+    ".json",
+    ".toml",
+    ".txt",
+    ".sh",
+    ".css",
+    ".bib",
+    ".svg",
+    "",
+}
 # spelled in pieces, or this file would find itself
-HOSTS = re.compile("|".join(a + r"\." + b for a, b in [
-    ("registry", "npmjs"), ("npmjs", "(org|com)/"), ("pypi", "(org|python)"), ("files", "pythonhosted"), ("deb", "debian"),
-    ("archive", "ubuntu"), ("download", "pytorch"), ("conda", "anaconda"), ("registry", "yarnpkg"), ("artifactory", "")]))
+HOSTS = re.compile(
+    "|".join(
+        a + r"\." + b
+        for a, b in [
+            ("registry", "npmjs"),
+            ("npmjs", "(org|com)/"),
+            ("pypi", "(org|python)"),
+            ("files", "pythonhosted"),
+            ("deb", "debian"),
+            ("archive", "ubuntu"),
+            ("download", "pytorch"),
+            ("conda", "anaconda"),
+            ("registry", "yarnpkg"),
+            ("artifactory", ""),
+        ]
+    )
+)
 MACHINE = re.compile(r"(?<![\w.~/-])/(?:tmp|work|root|home/\w+|Users/\w+)/[\w.]")
 
+
 def tracked():  # files that are, or would be, committed
-    got = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    if got.returncode: pytest.skip("not a git checkout: " + got.stderr.strip()[:100])
-    return [p for p in (ROOT/line for line in got.stdout.splitlines()) if p.is_file()]
+    got = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if got.returncode:
+        pytest.skip("not a git checkout: " + got.stderr.strip()[:100])
+    return [p for p in (ROOT / line for line in got.stdout.splitlines()) if p.is_file()]
+
 
 def texts():  # (path relative to the root, text) of tracked text files, without pictures inside notebooks
     for p in tracked():
-        if p.suffix in TEXT and p.stat().st_size < 3*MB:
-            yield str(p.relative_to(ROOT)), re.sub(r'"image/(png|jpeg)": ?"[^"]*"', "", p.read_text(encoding="utf-8", errors="replace"))
+        if p.suffix in TEXT and p.stat().st_size < 3 * MB:
+            yield (
+                str(p.relative_to(ROOT)),
+                re.sub(r'"image/(png|jpeg)": ?"[^"]*"', "", p.read_text(encoding="utf-8", errors="replace")),
+            )
+
 
 def test_the_tree_is_small():
     sizes = {str(p.relative_to(ROOT)): p.stat().st_size for p in tracked()}
-    assert sum(sizes.values()) <= 58*MB, sorted(((n//1000, f) for f, n in sizes.items()), reverse=True)[:10]
-    assert {f: n for f, n in sizes.items() if n >= 36*MB} == {}
+    assert sum(sizes.values()) <= 58 * MB, sorted(((n // 1000, f) for f, n in sizes.items()), reverse=True)[
+        :10
+    ]
+    assert {f: n for f, n in sizes.items() if n >= 36 * MB} == {}
+
 
 def test_no_registry_is_named():
     assert [(f, m[0]) for f, t in texts() for m in [HOSTS.search(t)] if m] == []
 
+
 def test_nothing_of_a_machine_is_in_the_tree():
-    assert [(f, m[0]) for f, t in texts() if f != "tests/test_package.py" for m in [MACHINE.search(t)] if m] == []
+    assert [
+        (f, m[0]) for f, t in texts() if f != "tests/test_package.py" for m in [MACHINE.search(t)] if m
+    ] == []
+
 
 def test_no_pickle_and_no_junk():
     bad = {".pt", ".pth", ".ckpt", ".pkl", ".bin", ".pyc", ".log", ".whl"}
     assert [str(p.relative_to(ROOT)) for p in tracked() if p.suffix in bad or "__pycache__" in p.parts] == []
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):  # names in a wheel that is built from the tracked files alone
@@ -43,52 +96,86 @@ def wheel(tmp_path_factory):  # names in a wheel that is built from the tracked 
     for p in tracked():
         name = p.relative_to(ROOT)
         if name.parts[0] in ("stylelora", "settings.ini", "setup.py", "README.md", "LICENSE"):
-            (source/name).parent.mkdir(parents=True, exist_ok=True)
-            (source/name).symlink_to(p) if name.parts[0] == "stylelora" else (source/name).write_bytes(p.read_bytes())
-    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source],
-                          capture_output=True, text=True)
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).symlink_to(p) if name.parts[0] == "stylelora" else (source / name).write_bytes(
+                p.read_bytes()
+            )
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    with zipfile.ZipFile(next(out.glob("*.whl"))) as z: return {i.filename: i.file_size for i in z.infolist()}, z.filename, out
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as z:
+        return {i.filename: i.file_size for i in z.infolist()}, z.filename, out
+
 
 def test_the_assets_travel_in_the_wheel(wheel):
     names, _, _ = wheel
-    have = {str(p.relative_to(ROOT)): p.stat().st_size for p in tracked() if p.relative_to(ROOT).parts[:2] == ("stylelora", "assets")}
+    have = {
+        str(p.relative_to(ROOT)): p.stat().st_size
+        for p in tracked()
+        if p.relative_to(ROOT).parts[:2] == ("stylelora", "assets")
+    }
     assert {f: names.get(f) for f in have} == have
     folders = {Path(f).parts[2] for f in have}
     assert {"base", "grid", "grid-cc-by-sa"} <= folders, folders
-    assert any(len(Path(f).parts) > 4 for f in have)   # nested folders, such as base/unet/
+    assert any(len(Path(f).parts) > 4 for f in have)  # nested folders, such as base/unet/
+
 
 def test_modules_and_command_travel_in_the_wheel(wheel):
     names, _, out = wheel
-    assert {str(p.relative_to(ROOT)) for p in tracked() if p.relative_to(ROOT).parts[0] == "stylelora" and p.suffix == ".py"} <= set(names)
+    assert {
+        str(p.relative_to(ROOT))
+        for p in tracked()
+        if p.relative_to(ROOT).parts[0] == "stylelora" and p.suffix == ".py"
+    } <= set(names)
     with zipfile.ZipFile(next(out.glob("*.whl"))) as z:
-        info = {n.split("/")[-1]: z.read(n).decode() for n in z.namelist() if ".dist-info/" in n and not n.endswith("/")
-                and n.split("/")[-1] in ("METADATA", "entry_points.txt")}
+        info = {
+            n.split("/")[-1]: z.read(n).decode()
+            for n in z.namelist()
+            if ".dist-info/" in n
+            and not n.endswith("/")
+            and n.split("/")[-1] in ("METADATA", "entry_points.txt")
+        }
     assert "stylelora = stylelora.apps.cli:main" in info["entry_points.txt"]
     assert "Requires-Dist: diffusers==" in info["METADATA"] and "Provides-Extra: dev" in info["METADATA"]
 
-def test_drawings_under_share_alike_have_their_licence_beside_them():
-    folder = ROOT/"stylelora"/"assets"/"grid-cc-by-sa"
-    assert "creativecommons.org/licenses/by-sa/4.0" in (folder/"LICENCE.txt").read_text()
-    assert {p.name.split("-")[0] for p in folder.glob("*.webp")} == {"openmoji"}
-    assert not list((ROOT/"stylelora"/"assets"/"grid").glob("openmoji*"))
 
-def test_every_vendor_is_attributed():
+def test_drawings_under_share_alike_have_their_licence_beside_them():
+    folder = ROOT / "stylelora" / "assets" / "grid-cc-by-sa"
+    assert "creativecommons.org/licenses/by-sa/4.0" in (folder / "LICENCE.txt").read_text()
+    assert {p.name.split("-")[0] for p in folder.glob("*.webp")} == {"openmoji"}
+    assert not list((ROOT / "stylelora" / "assets" / "grid").glob("openmoji*"))
+
+
+def test_every_style_is_attributed():
     import json
-    text = (ROOT/"ATTRIBUTION.md").read_text()
-    for name, v in json.loads((ROOT/"stylelora"/"assets"/"grid"/"index.json").read_text())["vendors"].items():
+
+    text = (ROOT / "ATTRIBUTION.md").read_text()
+    for name, v in json.loads((ROOT / "stylelora" / "assets" / "grid" / "index.json").read_text())[
+        "styles"
+    ].items():
         assert f"| `{name}` |" in text and v["url"] in text and v["author"].split()[0] in text, name
+
 
 def test_settings_hold_what_setup_needs():
     config = configparser.ConfigParser(delimiters=["="])
-    config.read(ROOT/"settings.ini", encoding="utf-8")
+    config.read(ROOT / "settings.ini", encoding="utf-8")
     cfg = config["DEFAULT"]
-    assert cfg["update_pyproject"] == "False" and not (ROOT/"pyproject.toml").exists()
+    assert cfg["update_pyproject"] == "False" and not (ROOT / "pyproject.toml").exists()
     assert cfg["allowed_cell_metadata_keys"] == "tags"
-    assert tuple(map(int, cfg["min_python"].split("."))) >= (3, 11)   # diffusers, transformers and torch of today need it
-    for pin in ("nbdev==2.", "execnb==0.", "fastcore==1.", "ghapi==1."): assert pin in cfg["dev_requirements"]
+    assert tuple(map(int, cfg["min_python"].split("."))) >= (
+        3,
+        11,
+    )  # diffusers, transformers and torch of today need it
+    for pin in ("nbdev==2.", "execnb==0.", "fastcore==1.", "ghapi==1."):
+        assert pin in cfg["dev_requirements"]
+
 
 def test_make_and_ci_agree():
-    assert "make test" in (ROOT/".ci"/"run").read_text() and (ROOT/".ci"/"run").stat().st_mode & 0o111
-    made = subprocess.run(["make", "-n", "-o", ".venv/.installed", "study"], cwd=ROOT, capture_output=True, text=True)
+    assert "make test" in (ROOT / ".ci" / "run").read_text() and (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    made = subprocess.run(
+        ["make", "-n", "-o", ".venv/.installed", "study"], cwd=ROOT, capture_output=True, text=True
+    )
     assert made.returncode == 0 and "stylelora study --profile study" in made.stdout

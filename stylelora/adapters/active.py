@@ -16,70 +16,87 @@ from .keys import TEXT
 
 # %% ../../nbs/02_adapters/05_active.ipynb #f623310d
 class _Mixture:
-    def __init__(self,
-        model, # U-Net without adapters, or what has it as `unet` beside its text encoders, such as a Base
+    def __init__(
+        self,
+        model,  # U-Net without adapters, or what has it as `unet` beside its text encoders, such as a Base
     ):
         self.model, self.states, self.active, self.enabled = model, {}, {}, True
         self.owner = SimpleNamespace(unet=model) if isinstance(model, nn.Module) else model
-        self.nets = [n for p in ('unet', *TEXT) if (n := getattr(self.owner, p, None)) is not None]
-        if there := sum(len(lora_layers(net)) for net in self.nets): raise ValueError(
-            f'the model already carries {there} adapters of its own; call remove(model) first')
+        self.nets = [n for p in ("unet", *TEXT) if (n := getattr(self.owner, p, None)) is not None]
+        if there := sum(len(lora_layers(net)) for net in self.nets):
+            raise ValueError(
+                f"the model already carries {there} adapters of its own; call remove(model) first"
+            )
 
     def state(self):
         "Return the mixture that is switched on, layer name -> {'A','B','alpha'}; {} if there is none."
         return blend([self.states[n] for n in self.active], [*self.active.values()]) if self.active else {}
 
-    def show(self, state): # layer name -> {'A','B','alpha'}; {} for the bare model
+    def show(self, state):  # layer name -> {'A','B','alpha'}; {} for the bare model
         "Put one adapter into the model, in place of what is there."
-        for net in self.nets: remove(net)
-        if state: load_parts(self.owner, state)
+        for net in self.nets:
+            remove(net)
+        if state:
+            load_parts(self.owner, state)
         self.enable(self.enabled)
 
-    def enable(self, on=True): # False switches all adapters off
+    def enable(self, on=True):  # False switches all adapters off
         "Switch the mixture on or off; the weights stay."
         self.enabled = bool(on)
         for net in self.nets:
-            for m in lora_layers(net).values(): m.enabled = self.enabled
+            for m in lora_layers(net).values():
+                m.enabled = self.enabled
 
 # %% ../../nbs/02_adapters/05_active.ipynb #20571e5a
 class _Shelf(_Mixture):
-    def add(self, name, state): # a new name; layer name -> {'A','B','alpha'}, or a file or its folder
+    def add(self, name, state):  # a new name; layer name -> {'A','B','alpha'}, or a file or its folder
         "Keep an adapter; it stays off until `set_adapters` names it."
         if name in self.states:
-            raise ValueError(f'adapter {name!r} is there already; take another name, or remove it first')
-        config = getattr(self.owner.unet, 'config', None)         # its blocks decide kohya's names for SDXL
+            raise ValueError(f"adapter {name!r} is there already; take another name, or remove it first")
+        config = getattr(self.owner.unet, "config", None)  # its blocks decide kohya's names for SDXL
         if isinstance(state, (str, Path)):
-            state = read_adapter(state, getattr(config, 'layers_per_block', 2)).state
-        if not state: raise ValueError(f'adapter {name!r} has no layers')
-        try: self.show(state)
-        except ValueError as e: raise ValueError(f'adapter {name!r}: {e}') from None
-        finally: self.show(self.state())
+            state = read_adapter(state, getattr(config, "layers_per_block", 2)).state
+        if not state:
+            raise ValueError(f"adapter {name!r} has no layers")
+        try:
+            self.show(state)
+        except ValueError as e:
+            raise ValueError(f"adapter {name!r}: {e}") from None
+        finally:
+            self.show(self.state())
         self.states[name] = {n: dict(s) for n, s in state.items()}
 
-    def remove(self, *names): # names to drop; all adapters if none is given
+    def remove(self, *names):  # names to drop; all adapters if none is given
         "Drop adapters; the others keep their weights."
         if odd := [n for n in names if n not in self.states]:
-            raise ValueError(f'adapter {odd[0]!r} is unknown; there are: {", ".join(self.states) or "none"}')
-        for n in names or list(self.states): self.states.pop(n, None); self.active.pop(n, None)
+            raise ValueError(f"adapter {odd[0]!r} is unknown; there are: {', '.join(self.states) or 'none'}")
+        for n in names or list(self.states):
+            self.states.pop(n, None)
+            self.active.pop(n, None)
         self.show(self.state())
 
-    def __str__(self): return '\n'.join(f'{n}: {len(s)} layers, ' + (
-        f'weight {self.active[n]}' if n in self.active else 'off') for n, s in self.states.items())
+    def __str__(self):
+        return "\n".join(
+            f"{n}: {len(s)} layers, " + (f"weight {self.active[n]}" if n in self.active else "off")
+            for n, s in self.states.items()
+        )
 
 # %% ../../nbs/02_adapters/05_active.ipynb #449c988b
 class Adapters(_Shelf):
     "Mix several adapters in one model: add, set_adapters, enable, remove, state."
-    def set_adapters(self, names, weights=None): # name or names; None, a weight, or one each
+
+    def set_adapters(self, names, weights=None):  # name or names; None, a weight, or one each
         "Switch on these adapters at these weights, and no others."
         names = [names] if isinstance(names, str) else list(names)
-        weights = list(weights) if isinstance(weights, (list, tuple)) else [weights]*len(names)
+        weights = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
         if len(weights) != len(names):
-            raise ValueError(f'{len(weights)} weights for {len(names)} adapters; pass one each')
+            raise ValueError(f"{len(weights)} weights for {len(names)} adapters; pass one each")
         for i, n in enumerate(names):
             if n not in self.states:
-                raise ValueError(f'adapter {n!r} is unknown; there are: {", ".join(self.states) or "none"}')
-            if n in names[:i]: raise ValueError(f'adapter {n!r} is named twice; add up its weights')
-        weights = [1. if w is None else w for w in weights]
+                raise ValueError(f"adapter {n!r} is unknown; there are: {', '.join(self.states) or 'none'}")
+            if n in names[:i]:
+                raise ValueError(f"adapter {n!r} is named twice; add up its weights")
+        weights = [1.0 if w is None else w for w in weights]
         mixed = blend([self.states[n] for n in names], weights) if names else {}
         self.active, self.enabled = dict(zip(names, weights)), True
         self.show(mixed)

@@ -21,350 +21,448 @@ from .lora import load_state, lora_layers, lora_state, remove
 
 # %% ../../nbs/02_adapters/03_files.ipynb #6dbe9906
 def to_tensors(
-    state,      # layer name -> {'A','B','alpha'}, see `lora_state`
-    dtype=None, # number format in the file; None: as it is
-    key=lambda n, w: f'unet.{n}.lora_{w}.weight', # names matrix w, 'A' or 'B', of layer n
-) -> dict:      # key -> tensor, in the order of the layers
+    state,  # layer name -> {'A','B','alpha'}, see `lora_state`
+    dtype=None,  # number format in the file; None: as it is
+    key=lambda n, w: f"unet.{n}.lora_{w}.weight",  # names matrix w, 'A' or 'B', of layer n
+) -> dict:  # key -> tensor, in the order of the layers
     "Name the tensors of an adapter, as diffusers and PEFT do unless told otherwise."
-    def own(w): return w.to(dtype=dtype, copy=True).contiguous()   # safetensors wants memory of its own
-    return {key(n, w): own(s[w]) for n, s in state.items() for w in 'AB'}
+
+    def own(w):
+        return w.to(dtype=dtype, copy=True).contiguous()  # safetensors wants memory of its own
+
+    return {key(n, w): own(s[w]) for n, s in state.items() for w in "AB"}
 
 # %% ../../nbs/02_adapters/03_files.ipynb #1084faa4
-def _whole(a): return int(a) if float(a).is_integer() else float(a)
+def _whole(a):
+    return int(a) if float(a).is_integer() else float(a)
+
 
 def adapter_config(
-    state, # layer name -> {'A','B','alpha'}
-) -> dict: # fields of a LoraConfig: r, lora_alpha, rank_pattern, alpha_pattern, target_modules
+    state,  # layer name -> {'A','B','alpha'}
+) -> dict:  # fields of a LoraConfig: r, lora_alpha, rank_pattern, alpha_pattern, target_modules
     "Describe the ranks and scales of an adapter in PEFT's words."
-    state = {n.removeprefix('text_model.'): s for n, s in state.items()}
-    ranks = {n: len(s['A']) for n, s in state.items()}
-    alphas = {n: _whole(s['alpha']) for n, s in state.items()}
+    state = {n.removeprefix("text_model."): s for n, s in state.items()}
+    ranks = {n: len(s["A"]) for n, s in state.items()}
+    alphas = {n: _whole(s["alpha"]) for n, s in state.items()}
     r, alpha = (Counter(d.values()).most_common(1)[0][0] for d in (ranks, alphas))
-    return dict(r=r, lora_alpha=alpha, target_modules=sorted(state),
-                rank_pattern={n: v for n, v in ranks.items() if v != r},
-                alpha_pattern={n: v for n, v in alphas.items() if v != alpha})
+    return dict(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=sorted(state),
+        rank_pattern={n: v for n, v in ranks.items() if v != r},
+        alpha_pattern={n: v for n, v in alphas.items() if v != alpha},
+    )
 
 # %% ../../nbs/02_adapters/03_files.ipynb #4bb66249
 def pack(
     tensors,  # key -> tensor
-    metadata, # key -> text
-) -> bytes:   # a safetensors file, a function of its content only
+    metadata,  # key -> text
+) -> bytes:  # a safetensors file, a function of its content only
     "Serialise tensors to safetensors with a sorted header."
     raw = safetensors.torch.save(tensors, metadata)
-    n, = struct.unpack('<Q', raw[:8])
-    head = json.loads(raw[8:8 + n])
-    head = {'__metadata__': dict(sorted(head.pop('__metadata__', {}).items())), **dict(sorted(head.items()))}
-    text = json.dumps(head, separators=(',', ':'), ensure_ascii=False).encode()
-    text += b' ' * (-len(text) % 8)                               # the numbers start at a multiple of 8 bytes
-    return struct.pack('<Q', len(text)) + text + raw[8 + n:]
+    (n,) = struct.unpack("<Q", raw[:8])
+    head = json.loads(raw[8 : 8 + n])
+    head = {"__metadata__": dict(sorted(head.pop("__metadata__", {}).items())), **dict(sorted(head.items()))}
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8 bytes
+    return struct.pack("<Q", len(text)) + text + raw[8 + n :]
 
 # %% ../../nbs/02_adapters/03_files.ipynb #c59e45fd
 def diffusers_bytes(
     parts,  # 'unet', 'text_encoder' … -> state, layer name -> {'A','B','alpha'}
     texts,  # more texts for the header
-    dtype=None, # number format in the file; None: as it is
-) -> bytes: # the file
+    dtype=None,  # number format in the file; None: as it is
+) -> bytes:  # the file
     "Pack an adapter as diffusers writes it."
-    fields = {f'{p}.{k}': v for p, s in parts.items() for k, v in adapter_config(s).items()}
+    fields = {f"{p}.{k}": v for p, s in parts.items() for k, v in adapter_config(s).items()}
     header = dict(lora_adapter_metadata=json.dumps(fields, sort_keys=True, ensure_ascii=False))
     tensors = {}
-    for p, s in parts.items(): tensors |= to_tensors(s, dtype, lambda n, w: f'{p}.{n}.lora_{w}.weight')
-    return pack(tensors, dict(texts, format='pt', **header))
+    for p, s in parts.items():
+        tensors |= to_tensors(s, dtype, lambda n, w: f"{p}.{n}.lora_{w}.weight")
+    return pack(tensors, dict(texts, format="pt", **header))
 
 # %% ../../nbs/02_adapters/03_files.ipynb #a9e2764d
-FILE = 'pytorch_lora_weights.safetensors' # what diffusers looks for in a folder
+FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
+
 
 def save_state(
-    state,         # layer name -> {'A','B','alpha'}
-    path,          # file ending in .safetensors, or a folder
-    manifest=None, # dict of plain values that tells how the adapter came about
-    dtype=None,    # number format in the file, such as 'float16'; None: as it is
-) -> Path:         # the file
+    state,  # layer name -> {'A','B','alpha'}
+    path,  # file ending in .safetensors, or a folder
+    manifest=None,  # dict of plain values that tells how the adapter came about
+    dtype=None,  # number format in the file, such as 'float16'; None: as it is
+) -> Path:  # the file
     "Write an adapter to a safetensors file without a model, atomically."
     path = Path(path)
-    if not state: raise ValueError(f'{path}: the adapter has no layers; nothing would be saved')
-    if path.suffix != '.safetensors': path = path/FILE
+    if not state:
+        raise ValueError(f"{path}: the adapter has no layers; nothing would be saved")
+    if path.suffix != ".safetensors":
+        path = path / FILE
     texts = dict(stylelora_manifest=json.dumps(manifest or {}, sort_keys=True, ensure_ascii=False))
     return write_atomic(path, diffusers_bytes(dict(unet=state), texts, dtype and pick_dtype(dtype)))
 
 # %% ../../nbs/02_adapters/03_files.ipynb #d3adc10a
 def save_lora(
-    model,         # nn.Module with adapters
-    path,          # file ending in .safetensors, or a folder
-    manifest=None, # dict of plain values that tells how the adapter came about
-    dtype=None,    # number format in the file; None: float32, as trained
-) -> Path:         # the file
+    model,  # nn.Module with adapters
+    path,  # file ending in .safetensors, or a folder
+    manifest=None,  # dict of plain values that tells how the adapter came about
+    dtype=None,  # number format in the file; None: float32, as trained
+) -> Path:  # the file
     "Write the adapters of a model to a safetensors file, atomically."
     if not (state := lora_state(model)):
-        raise ValueError(f'{path}: the model carries no adapters; call inject(model) first')
+        raise ValueError(f"{path}: the model carries no adapters; call inject(model) first")
     return save_state(state, path, manifest, dtype)
 
 # %% ../../nbs/02_adapters/03_files.ipynb #4ce7c862
 def find_file(
     path,  # a .safetensors file, or a folder that holds one under a usual name
-) -> Path: # the file
+) -> Path:  # the file
     "Find the adapter file that a path means."
     path = Path(path)
     if path.is_dir():
-        found = [path/f for f in (FILE, 'adapter_model.safetensors') if (path/f).is_file()]
-        if found: return found[0]
-        raise FileNotFoundError(f'{path} holds neither {FILE} nor adapter_model.safetensors; name the file')
-    if not path.is_file(): raise FileNotFoundError(f'{path} does not exist; pass a file or its folder')
-    if path.suffix != '.safetensors':
-        raise ValueError(f'{path}: only .safetensors is read; a pickle can run code when opened. '
-                         'Convert it with the tool that wrote it')
+        found = [path / f for f in (FILE, "adapter_model.safetensors") if (path / f).is_file()]
+        if found:
+            return found[0]
+        raise FileNotFoundError(f"{path} holds neither {FILE} nor adapter_model.safetensors; name the file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; pass a file or its folder")
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path}: only .safetensors is read; a pickle can run code when opened. "
+            "Convert it with the tool that wrote it"
+        )
     return path
 
 # %% ../../nbs/02_adapters/03_files.ipynb #11fdbf91
 def read_tensors(
-    file,    # a .safetensors file
+    file,  # a .safetensors file
 ) -> tuple:  # key -> tensor, and the texts of the header
     "Read a safetensors file as it stands."
     try:
-        with safe_open(file, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+        with safe_open(file, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except SafetensorError as e:
-        raise ValueError(f'{file} is damaged or no safetensors file ({e}); fetch it again') from None
+        raise ValueError(f"{file} is damaged or no safetensors file ({e}); fetch it again") from None
+
 
 def _config(file, texts):
     "Read LoraConfig fields from the header, or from PEFT's file beside it; {} if there are none."
-    if 'lora_adapter_metadata' in texts:
-        fields = json.loads(texts['lora_adapter_metadata'])
-        return {k.removeprefix('unet.'): v for k, v in fields.items() if k.startswith('unet.')}
-    beside = Path(file).parent/'adapter_config.json'
-    return read_json(beside) if Path(file).name == 'adapter_model.safetensors' and beside.is_file() else {}
+    if "lora_adapter_metadata" in texts:
+        fields = json.loads(texts["lora_adapter_metadata"])
+        return {k.removeprefix("unet."): v for k, v in fields.items() if k.startswith("unet.")}
+    beside = Path(file).parent / "adapter_config.json"
+    return read_json(beside) if Path(file).name == "adapter_model.safetensors" and beside.is_file() else {}
 
 # %% ../../nbs/02_adapters/03_files.ipynb #ec0689da
-_KEY = re.compile(r'(?:unet\.|base_model\.model\.)?(?!text_encoder|unet\.)(.+)\.lora_([AB])\.weight')
-_HINTS = ((r'lora_(unet|te)', "kohya's layout"), (r'text_encoder', 'a text-encoder part'),
-          (r'hada_|lokr_', 'LoHa or LoKr, not LoRA'), (r'lora_magnitude', 'DoRA, not plain LoRA'),
-          (r'\.lora\.|_lora\.|lora_linear', 'an older diffusers layout'),
-          ('', 'not a LoRA in diffusers/PEFT layout'))
+_KEY = re.compile(r"(?:unet\.|base_model\.model\.)?(?!text_encoder|unet\.)(.+)\.lora_([AB])\.weight")
+_HINTS = (
+    (r"lora_(unet|te)", "kohya's layout"),
+    (r"text_encoder", "a text-encoder part"),
+    (r"hada_|lokr_", "LoHa or LoKr, not LoRA"),
+    (r"lora_magnitude", "DoRA, not plain LoRA"),
+    (r"\.lora\.|_lora\.|lora_linear", "an older diffusers layout"),
+    ("", "not a LoRA in diffusers/PEFT layout"),
+)
+
 
 def from_tensors(
-    tensors, # key -> tensor, as in the file
+    tensors,  # key -> tensor, as in the file
     config,  # LoraConfig fields, {} if there are none
-    file='', # name for messages
-) -> dict:   # layer name -> {'A','B','alpha'}
+    file="",  # name for messages
+) -> dict:  # layer name -> {'A','B','alpha'}
     "Sort the tensors of a file into layers; every key must be understood, every pair complete."
     if odd := [k for k in tensors if not _KEY.fullmatch(k)]:
         hint = next(h for p, h in _HINTS if re.search(p, odd[0]))
-        raise ValueError(f'{file}: {len(odd)} of {len(tensors)} keys are not understood, such as {odd[0]!r} '
-                         f'({hint}); save it in the diffusers/PEFT layout, U-Net part only')
+        raise ValueError(
+            f"{file}: {len(odd)} of {len(tensors)} keys are not understood, such as {odd[0]!r} "
+            f"({hint}); save it in the diffusers/PEFT layout, U-Net part only"
+        )
     layers = {}
-    for k, v in tensors.items(): layers.setdefault((m := _KEY.fullmatch(k))[1], {})[m[2]] = v.float()
+    for k, v in tensors.items():
+        layers.setdefault((m := _KEY.fullmatch(k))[1], {})[m[2]] = v.float()
     if half := [n for n, s in layers.items() if len(s) != 2]:
-        raise ValueError(f'{file}: {half[0]} has only one of lora_A and lora_B ({len(half)} such layers); '
-                         'the file is incomplete, fetch it again')
-    return {n: dict(s, alpha=alpha_of(config, n, len(s['A']))) for n, s in layers.items()}
+        raise ValueError(
+            f"{file}: {half[0]} has only one of lora_A and lora_B ({len(half)} such layers); "
+            "the file is incomplete, fetch it again"
+        )
+    return {n: dict(s, alpha=alpha_of(config, n, len(s["A"]))) for n, s in layers.items()}
 
 # %% ../../nbs/02_adapters/03_files.ipynb #82f505cc
 def read_lora(
-    path,    # a .safetensors file or its folder
+    path,  # a .safetensors file or its folder
 ) -> tuple:  # state (layer name -> {'A','B','alpha'}, float32) and manifest (dict, {} if the file has none)
     "Read an adapter and its manifest without touching a model."
     file = find_file(path)
     tensors, texts = read_tensors(file)
-    if not tensors: raise ValueError(f'{file} holds no tensors; it is no adapter')
-    manifest = json.loads(texts.get('stylelora_manifest', '{}'))
+    if not tensors:
+        raise ValueError(f"{file} holds no tensors; it is no adapter")
+    manifest = json.loads(texts.get("stylelora_manifest", "{}"))
     return from_tensors(tensors, _config(file, texts), file), manifest
 
+
 def load_lora(
-    model,    # nn.Module, bare or with adapters on the same layers
-    path,     # a .safetensors file or its folder
-    scale=1., # strength of the adapter
-) -> dict:    # the manifest, {} if the file has none
+    model,  # nn.Module, bare or with adapters on the same layers
+    path,  # a .safetensors file or its folder
+    scale=1.0,  # strength of the adapter
+) -> dict:  # the manifest, {} if the file has none
     "Load an adapter from a file into a model; all of it arrives, or nothing does."
     state, manifest = read_lora(path)
-    try: names = load_state(model, state, scale)
-    except ValueError as e: raise ValueError(f'{path}: {e}') from None
-    if set(names) != set(lora_layers(model)): raise RuntimeError(f'{path}: not every layer arrived')
+    try:
+        names = load_state(model, state, scale)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    if set(names) != set(lora_layers(model)):
+        raise RuntimeError(f"{path}: not every layer arrived")
     return manifest
 
 # %% ../../nbs/02_adapters/03_files.ipynb #763ce716
 @dataclass
 class AdapterFile:
     "Hold what an adapter file says."
-    state:dict    # layer name -> {'A','B','alpha'}, text encoders included
-    layout:str    # spelling of its keys: 'diffusers', 'kohya', 'peft', 'old', or several with plus signs
-    metadata:dict = field(default_factory=dict) # texts of the header
-    manifest:dict = field(default_factory=dict) # our own, {} if the file has none
-    unread:tuple = ()                           # keys that were skipped
-    dtype:str = 'float32'                       # number format of its matrices
+
+    state: dict  # layer name -> {'A','B','alpha'}, text encoders included
+    layout: str  # spelling of its keys: 'diffusers', 'kohya', 'peft', 'old', or several with plus signs
+    metadata: dict = field(default_factory=dict)  # texts of the header
+    manifest: dict = field(default_factory=dict)  # our own, {} if the file has none
+    unread: tuple = ()  # keys that were skipped
+    dtype: str = "float32"  # number format of its matrices
+
 
 def _configs(file, texts):
     "Find LoraConfig fields per part, in the header or in PEFT's file beside it."
-    beside, parts = Path(file).parent/'adapter_config.json', ('unet', *TEXT)
-    if Path(file).name == 'adapter_model.safetensors' and beside.is_file():
+    beside, parts = Path(file).parent / "adapter_config.json", ("unet", *TEXT)
+    if Path(file).name == "adapter_model.safetensors" and beside.is_file():
         return dict.fromkeys(parts, read_json(beside))
-    fields = json.loads(texts.get('lora_adapter_metadata', '{}'))
-    def own(p): return {k[len(p) + 1:]: v for k, v in fields.items() if k.startswith(f'{p}.')}
+    fields = json.loads(texts.get("lora_adapter_metadata", "{}"))
+
+    def own(p):
+        return {k[len(p) + 1 :]: v for k, v in fields.items() if k.startswith(f"{p}.")}
+
     return {p: own(p) for p in parts}
 
 # %% ../../nbs/02_adapters/03_files.ipynb #65719ce5
 def _kind(found):
     "Name the number format of most matrices, float32 for those that we do not write."
-    kind = Counter(s['A'].dtype for s in found.values()).most_common(1)[0][0]
-    return str(kind)[6:] if kind in (torch.float16, torch.bfloat16) else 'float32'
+    kind = Counter(s["A"].dtype for s in found.values()).most_common(1)[0][0]
+    return str(kind)[6:] if kind in (torch.float16, torch.bfloat16) else "float32"
+
 
 def _read_file(file, layers, strict):
     tensors, texts = read_tensors(file)
-    if not tensors: raise ValueError(f'{file} holds no tensors; it is no adapter')
+    if not tensors:
+        raise ValueError(f"{file} holds no tensors; it is no adapter")
     found, spellings, unread = sort_tensors(tensors, file, layers, strict)
     state = to_state(found, _configs(file, texts), file)
-    if len(state) != sum('A' in s for s in found.values()): raise RuntimeError(f'{file}: a layer was lost')
-    return AdapterFile(state, '+'.join(sorted(spellings)), texts,
-                       json.loads(texts.get('stylelora_manifest', '{}')), tuple(unread), _kind(found))
+    if len(state) != sum("A" in s for s in found.values()):
+        raise RuntimeError(f"{file}: a layer was lost")
+    return AdapterFile(
+        state,
+        "+".join(sorted(spellings)),
+        texts,
+        json.loads(texts.get("stylelora_manifest", "{}")),
+        tuple(unread),
+        _kind(found),
+    )
 
 # %% ../../nbs/02_adapters/03_files.ipynb #62036762
 def read_adapter(
-    path,        # .safetensors file, its folder, or a folder with one sub-folder of PEFT per network
-    layers=2,    # layers per block of the U-Net, for kohya's SDXL names
-    strict=True, # False: skip keys that are not understood and list them in `unread`
+    path,  # .safetensors file, its folder, or a folder with one sub-folder of PEFT per network
+    layers=2,  # layers per block of the U-Net, for kohya's SDXL names
+    strict=True,  # False: skip keys that are not understood and list them in `unread`
 ) -> AdapterFile:
     "Read an adapter in any of the spellings, looking at every key."
-    subs = {p: Path(path)/p/'adapter_model.safetensors' for p in ('unet', *TEXT)}
+    subs = {p: Path(path) / p / "adapter_model.safetensors" for p in ("unet", *TEXT)}
     subs = {p: _read_file(f, layers, strict) for p, f in subs.items() if f.is_file()}
-    if not subs: return _read_file(find_file(path), layers, strict)
-    def own(n): return n.split('.', 1)[1] if n.startswith(TEXT) else n      # the folder says which network
+    if not subs:
+        return _read_file(find_file(path), layers, strict)
+
+    def own(n):
+        return n.split(".", 1)[1] if n.startswith(TEXT) else n  # the folder says which network
+
     all_ = join_parts({p: {own(n): s for n, s in a.state.items()} for p, a in subs.items()})
     first, unread = next(iter(subs.values())), sum((a.unread for a in subs.values()), ())
     return AdapterFile(all_, first.layout, first.metadata, first.manifest, unread, first.dtype)
 
 # %% ../../nbs/02_adapters/03_files.ipynb #3958903a
-_SDXL = 'https://github.com/Stability-AI/generative-models'
-_MODELS = {768: ('sd_v1', 'stable-diffusion-v1', '512x512', 'diffusers'),
-           1024: ('sd_v2', 'stable-diffusion-v2-512', '512x512', 'diffusers'),
-           2048: ('sdxl_base_v1-0', 'stable-diffusion-xl-v1-base', '1024x1024', _SDXL)}
+_SDXL = "https://github.com/Stability-AI/generative-models"
+_MODELS = {
+    768: ("sd_v1", "stable-diffusion-v1", "512x512", "diffusers"),
+    1024: ("sd_v2", "stable-diffusion-v2-512", "512x512", "diffusers"),
+    2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "1024x1024", _SDXL),
+}
+
 
 def model_of(
-    state, # layer name -> {'A','B','alpha'}
-) -> tuple: # kohya's name of the model, architecture, resolution, implementation; four empty texts if unknown
+    state,  # layer name -> {'A','B','alpha'}
+) -> (
+    tuple
+):  # kohya's name of the model, architecture, resolution, implementation; four empty texts if unknown
     "Say which Stable Diffusion an adapter belongs to, if its layers tell."
-    widths = {s['A'].shape[1] for n, s in state.items() if re.search(r'attn2\.to_[kv]$', n)}
-    return _MODELS.get(widths.pop(), ('',)*4) if len(widths) == 1 else ('',)*4
+    widths = {s["A"].shape[1] for n, s in state.items() if re.search(r"attn2\.to_[kv]$", n)}
+    return _MODELS.get(widths.pop(), ("",) * 4) if len(widths) == 1 else ("",) * 4
+
 
 def is_sdxl(
     state,  # layer name -> {'A','B','alpha'}
 ) -> bool:  # whether kohya's names follow SDXL
     "Say whether an adapter is for SDXL."
-    return TEXT[1] in split_parts(state) or model_of(state)[0].startswith('sdxl')
+    return TEXT[1] in split_parts(state) or model_of(state)[0].startswith("sdxl")
 
 # %% ../../nbs/02_adapters/03_files.ipynb #66d291b7
-_TRAINED = dict(lr='ss_learning_rate', steps='ss_max_train_steps', batch_size='ss_total_batch_size',
-                seed='ss_seed', optimizer='ss_optimizer', resolution='ss_resolution')
+_TRAINED = dict(
+    lr="ss_learning_rate",
+    train_steps="ss_max_train_steps",
+    batch_size="ss_total_batch_size",
+    seed="ss_seed",
+    optimizer="ss_optimizer",
+    resolution="ss_resolution",
+)
+
 
 def kohya_texts(
-    state,         # layer name -> {'A','B','alpha'}
-    manifest=None, # our manifest
-    title='LoRA',  # name that other programs show
-) -> dict:         # key -> text
+    state,  # layer name -> {'A','B','alpha'}
+    manifest=None,  # our manifest
+    title="LoRA",  # name that other programs show
+) -> dict:  # key -> text
     "Write the header of a kohya file."
-    kernel = {n: s for n, s in state.items() if s['A'].ndim == 4 and s['A'][0, 0].numel() > 1}
+    kernel = {n: s for n, s in state.items() if s["A"].ndim == 4 and s["A"][0, 0].numel() > 1}
     main = adapter_config({n: s for n, s in state.items() if n not in kernel} or state)
     name, kind, size, code = model_of(state)
-    texts = dict(ss_v2=name == 'sd_v2', ss_network_module='networks.lora', ss_network_dim=main['r'],
-                 ss_network_alpha=main['lora_alpha'])
+    texts = dict(
+        ss_v2=name == "sd_v2",
+        ss_network_module="networks.lora",
+        ss_network_dim=main["r"],
+        ss_network_alpha=main["lora_alpha"],
+    )
     if kernel:
         c = adapter_config(kernel)
-        texts['ss_network_args'] = json.dumps(dict(conv_dim=str(c['r']), conv_alpha=str(c['lora_alpha'])))
-    if name: texts |= {'ss_base_model_version': name} | {f'modelspec.{k}': v for k, v in dict(
-        sai_model_spec='1.0.1', architecture=f'{kind}/lora', implementation=code, title=title,
-        resolution=size).items()}
+        texts["ss_network_args"] = json.dumps(dict(conv_dim=str(c["r"]), conv_alpha=str(c["lora_alpha"])))
+    if name:
+        texts |= {"ss_base_model_version": name} | {
+            f"modelspec.{k}": v
+            for k, v in dict(
+                sai_model_spec="1.0.1",
+                architecture=f"{kind}/lora",
+                implementation=code,
+                title=title,
+                resolution=size,
+            ).items()
+        }
     texts |= {_TRAINED[k]: v for k, v in (manifest or {}).items() if k in _TRAINED and v is not None}
     return {k: str(v) for k, v in texts.items()}
 
 # %% ../../nbs/02_adapters/03_files.ipynb #4338f39e
 def kohya_name(
-    name,       # layer name, text encoders with their part in front
-    sdxl=False, # spell it as in SDXL files
-) -> str:       # name of the module in a kohya file
+    name,  # layer name, text encoders with their part in front
+    sdxl=False,  # spell it as in SDXL files
+) -> str:  # name of the module in a kohya file
     "Name a layer as kohya's scripts do."
-    (part, inside), = ((p, next(iter(s))) for p, s in split_parts({name: 0}).items())
-    head = dict(unet='lora_unet', text_encoder='lora_te1' if sdxl else 'lora_te', text_encoder_2='lora_te2')
-    if sdxl and part == 'unet': inside = to_sgm(inside)
+    ((part, inside),) = ((p, next(iter(s))) for p, s in split_parts({name: 0}).items())
+    head = dict(unet="lora_unet", text_encoder="lora_te1" if sdxl else "lora_te", text_encoder_2="lora_te2")
+    if sdxl and part == "unet":
+        inside = to_sgm(inside)
     return f"{head[part]}_{inside.replace('.', '_')}"
 
+
 def kohya_bytes(
-    state, # layer name -> {'A','B','alpha'}
-    texts, # texts for the header, see `kohya_texts`
-    dtype, # torch.dtype of the tensors, or None
-    sdxl=False, # spell it as in SDXL files
-) -> bytes: # the file
+    state,  # layer name -> {'A','B','alpha'}
+    texts,  # texts for the header, see `kohya_texts`
+    dtype,  # torch.dtype of the tensors, or None
+    sdxl=False,  # spell it as in SDXL files
+) -> bytes:  # the file
     "Pack an adapter as kohya's scripts write it, with an alpha beside each layer."
-    words, names = dict(A='lora_down', B='lora_up'), {n: kohya_name(n, sdxl) for n in state}
-    tensors = to_tensors(state, dtype, lambda n, w: f'{names[n]}.{words[w]}.weight')
-    tensors |= {f'{names[n]}.alpha': torch.tensor(s['alpha']).to(dtype=dtype) for n, s in state.items()}
-    size = int.from_bytes((raw := pack(tensors, {}))[:8], 'little')
-    return pack(tensors, dict(texts, format='pt', sshs_model_hash=sha256_bytes(raw[8 + size:])))
+    words, names = dict(A="lora_down", B="lora_up"), {n: kohya_name(n, sdxl) for n in state}
+    tensors = to_tensors(state, dtype, lambda n, w: f"{names[n]}.{words[w]}.weight")
+    tensors |= {f"{names[n]}.alpha": torch.tensor(s["alpha"]).to(dtype=dtype) for n, s in state.items()}
+    size = int.from_bytes((raw := pack(tensors, {}))[:8], "little")
+    return pack(tensors, dict(texts, format="pt", sshs_model_hash=sha256_bytes(raw[8 + size :])))
 
 # %% ../../nbs/02_adapters/03_files.ipynb #383a7432
 def one_alpha(
-    state, # layer name -> {'A','B','alpha'}
-    dtype, # torch.dtype of the file, or None
-) -> dict: # the same updates, with one alpha that this number format can hold
+    state,  # layer name -> {'A','B','alpha'}
+    dtype,  # torch.dtype of the file, or None
+) -> dict:  # the same updates, with one alpha that this number format can hold
     "Give all layers the same alpha, and scale B instead."
-    usual = Counter(s['alpha'] for s in state.values() if s['alpha']).most_common(1)
-    alpha = torch.tensor(usual[0][0] if usual else 1.).to(dtype=dtype).item()
-    def one(s): return s if s['alpha'] == alpha else dict(s, B=s['B']*(s['alpha']/alpha), alpha=alpha)
+    usual = Counter(s["alpha"] for s in state.values() if s["alpha"]).most_common(1)
+    alpha = torch.tensor(usual[0][0] if usual else 1.0).to(dtype=dtype).item()
+
+    def one(s):
+        return s if s["alpha"] == alpha else dict(s, B=s["B"] * (s["alpha"] / alpha), alpha=alpha)
+
     return {n: one(s) for n, s in state.items()}
 
 # %% ../../nbs/02_adapters/03_files.ipynb #4a82bef2
-LAYOUTS = ('diffusers', 'kohya', 'peft')
-_LORA = dict(peft_type='LORA', task_type=None, base_model_name_or_path=None, inference_mode=True, bias='none',
-             lora_dropout=0., fan_in_fan_out=False, modules_to_save=None, use_rslora=False, use_dora=False)
+LAYOUTS = ("diffusers", "kohya", "peft")
+_LORA = dict(
+    peft_type="LORA",
+    task_type=None,
+    base_model_name_or_path=None,
+    inference_mode=True,
+    bias="none",
+    lora_dropout=0.0,
+    fan_in_fan_out=False,
+    modules_to_save=None,
+    use_rslora=False,
+    use_dora=False,
+)
+
 
 def write_peft(
     state,  # layer name -> {'A','B','alpha'}
-    folder, # of the adapter; with text encoders it gets a sub-folder per network
+    folder,  # of the adapter; with text encoders it gets a sub-folder per network
     texts,  # texts for the header
     dtype,  # torch.dtype of the tensors, or None
 ) -> Path:  # the folder
     "Write an adapter as PEFT does: the tensors first, the configuration last."
     parts = split_parts(state)
     for p, s in parts.items():
-        at = folder if list(parts) == ['unet'] else folder/p
-        tensors = to_tensors(s, dtype, lambda n, w: f'base_model.model.{n}.lora_{w}.weight')
-        write_atomic(at/'adapter_model.safetensors', pack(tensors, dict(texts, format='pt')))
+        at = folder if list(parts) == ["unet"] else folder / p
+        tensors = to_tensors(s, dtype, lambda n, w: f"base_model.model.{n}.lora_{w}.weight")
+        write_atomic(at / "adapter_model.safetensors", pack(tensors, dict(texts, format="pt")))
         config = json.dumps(_LORA | adapter_config(s), indent=2, sort_keys=True)
-        write_atomic(at/'adapter_config.json', config + '\n')
+        write_atomic(at / "adapter_config.json", config + "\n")
     return folder
 
 # %% ../../nbs/02_adapters/03_files.ipynb #49c89cf9
 def target_of(
-    path,               # where an adapter goes
-    layout='diffusers', # 'diffusers', 'kohya' or 'peft'
-    force=True,         # False: refuse to replace what is there
-) -> Path:              # the file, or the folder for 'peft'
+    path,  # where an adapter goes
+    layout="diffusers",  # 'diffusers', 'kohya' or 'peft'
+    force=True,  # False: refuse to replace what is there
+) -> Path:  # the file, or the folder for 'peft'
     "Check where an adapter is to be written."
-    path, is_file = Path(path), Path(path).suffix == '.safetensors'
-    if layout not in LAYOUTS: raise ValueError(f"layout={layout!r}; use one of {', '.join(LAYOUTS)}")
-    if layout == 'peft' and is_file:
-        raise ValueError(f'{path}: PEFT keeps an adapter in a folder; give a name without .safetensors')
-    if layout == 'kohya' and not is_file:
-        raise ValueError(f'{path}: a kohya adapter is one file; let its name end in .safetensors')
-    if layout == 'diffusers' and not is_file: path = path/FILE
-    if not force and (any(path.rglob('adapter_*')) if path.is_dir() else path.exists()):
-        raise FileExistsError(f'{path} exists already; choose another name, or --force to replace it')
+    path, is_file = Path(path), Path(path).suffix == ".safetensors"
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}; use one of {', '.join(LAYOUTS)}")
+    if layout == "peft" and is_file:
+        raise ValueError(f"{path}: PEFT keeps an adapter in a folder; give a name without .safetensors")
+    if layout == "kohya" and not is_file:
+        raise ValueError(f"{path}: a kohya adapter is one file; let its name end in .safetensors")
+    if layout == "diffusers" and not is_file:
+        path = path / FILE
+    if not force and (any(path.rglob("adapter_*")) if path.is_dir() else path.exists()):
+        raise FileExistsError(f"{path} exists already; choose another name, or --force to replace it")
     return path
 
 # %% ../../nbs/02_adapters/03_files.ipynb #2dee8fd9
 def save_adapter(
-    state,              # layer name -> {'A','B','alpha'}, text encoders with their part in front
-    path,               # file, or the folder for 'peft'
-    layout='diffusers', # 'diffusers', 'kohya' or 'peft'
-    manifest=None,      # dict of plain values that tells how the adapter came about
-    dtype=None,         # number format in the file, such as 'float16'; None: as it is
-    texts=None,         # more header texts, such as ss_… of a source
-    sdxl=None,          # kohya: spell it as in SDXL files; None: if the adapter is for SDXL
-    force=True,         # False: refuse to replace what is there
-) -> Path:              # the file, or the folder for 'peft'
+    state,  # layer name -> {'A','B','alpha'}, text encoders with their part in front
+    path,  # file, or the folder for 'peft'
+    layout="diffusers",  # 'diffusers', 'kohya' or 'peft'
+    manifest=None,  # dict of plain values that tells how the adapter came about
+    dtype=None,  # number format in the file, such as 'float16'; None: as it is
+    texts=None,  # more header texts, such as ss_… of a source
+    sdxl=None,  # kohya: spell it as in SDXL files; None: if the adapter is for SDXL
+    force=True,  # False: refuse to replace what is there
+) -> Path:  # the file, or the folder for 'peft'
     "Write an adapter in one of the three layouts, atomically."
     path, dtype = target_of(path, layout, force), dtype and pick_dtype(dtype)
-    if not state: raise ValueError(f'{path}: the adapter has no layers; nothing would be saved')
+    if not state:
+        raise ValueError(f"{path}: the adapter has no layers; nothing would be saved")
     story = json.dumps(manifest or {}, sort_keys=True, ensure_ascii=False)
     texts = dict(texts or {}, stylelora_manifest=story)
-    if layout == 'peft': return write_peft(state, path, texts, dtype)
-    if layout == 'diffusers': return write_atomic(path, diffusers_bytes(split_parts(state), texts, dtype))
+    if layout == "peft":
+        return write_peft(state, path, texts, dtype)
+    if layout == "diffusers":
+        return write_atomic(path, diffusers_bytes(split_parts(state), texts, dtype))
     state = one_alpha(state, dtype)
     texts = kohya_texts(state, manifest, path.stem) | texts
     sdxl = is_sdxl(state) if sdxl is None else sdxl
@@ -375,41 +473,48 @@ def _fit(net, state):
     "Rename and reshape the layers of one part for the network at hand."
     modules, out = dict(net.named_modules()), {}
     for n, s in state.items():
-        n = next((m for m in (n, n.removeprefix('text_model.'), f'text_model.{n}') if m in modules), n)
-        W = getattr(modules.get(n), 'weight', None)
-        if W is not None and W.ndim != s['A'].ndim and s['A'][0].numel() == W[0].numel() == W.shape[1]:
-            s = {w: s[w].reshape(*s[w].shape[:2], *[1]*(W.ndim - 2)) for w in 'AB'} | dict(alpha=s['alpha'])
+        n = next((m for m in (n, n.removeprefix("text_model."), f"text_model.{n}") if m in modules), n)
+        W = getattr(modules.get(n), "weight", None)
+        if W is not None and W.ndim != s["A"].ndim and s["A"][0].numel() == W[0].numel() == W.shape[1]:
+            s = {w: s[w].reshape(*s[w].shape[:2], *[1] * (W.ndim - 2)) for w in "AB"} | dict(alpha=s["alpha"])
         out[n] = s
     return out
 
 # %% ../../nbs/02_adapters/03_files.ipynb #c3424984
 def load_parts(
-    owner,    # object with the networks as attributes: unet, text_encoder, text_encoder_2
-    state,    # layer name -> {'A','B','alpha'}
-    scale=1., # strength of the adapter
-) -> int:     # number of layers loaded
+    owner,  # object with the networks as attributes: unet, text_encoder, text_encoder_2
+    state,  # layer name -> {'A','B','alpha'}
+    scale=1.0,  # strength of the adapter
+) -> int:  # number of layers loaded
     "Put a state into the networks it belongs to; all of it, or nothing."
     parts, count, at = split_parts(state), 0, None
     nets = {p: getattr(owner, p, None) for p in parts}
-    if lost := [p for p in parts if nets[p] is None]: raise ValueError(
-        f'the adapter has {len(parts[lost[0]])} layers for {lost[0]}, which this model does not have')
+    if lost := [p for p in parts if nets[p] is None]:
+        raise ValueError(
+            f"the adapter has {len(parts[lost[0]])} layers for {lost[0]}, which this model does not have"
+        )
     bare = [net for net in nets.values() if not lora_layers(net)]
     try:
-        for at, layers in parts.items(): count += len(load_state(nets[at], _fit(nets[at], layers), scale))
+        for at, layers in parts.items():
+            count += len(load_state(nets[at], _fit(nets[at], layers), scale))
     except ValueError as e:
-        for net in bare: remove(net)
-        raise ValueError(f'{at}: {e}') from None
-    if count != len(state): raise RuntimeError(f'{count} of {len(state)} layers arrived')
+        for net in bare:
+            remove(net)
+        raise ValueError(f"{at}: {e}") from None
+    if count != len(state):
+        raise RuntimeError(f"{count} of {len(state)} layers arrived")
     return count
 
 # %% ../../nbs/02_adapters/03_files.ipynb #796bc1e9
 def load_adapter(
-    owner,    # object with the networks as attributes, such as a Base
-    path,     # file or folder of an adapter, in any spelling
-    scale=1., # strength of the adapter
-) -> AdapterFile: # what the file said
+    owner,  # object with the networks as attributes, such as a Base
+    path,  # file or folder of an adapter, in any spelling
+    scale=1.0,  # strength of the adapter
+) -> AdapterFile:  # what the file said
     "Load an adapter of any spelling into a model."
-    found = read_adapter(path, getattr(getattr(owner.unet, 'config', None), 'layers_per_block', 2))
-    try: load_parts(owner, found.state, scale)
-    except ValueError as e: raise ValueError(f'{path}: {e}') from None
+    found = read_adapter(path, getattr(getattr(owner.unet, "config", None), "layers_per_block", 2))
+    try:
+        load_parts(owner, found.state, scale)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
     return found

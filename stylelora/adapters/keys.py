@@ -12,24 +12,26 @@ from collections import Counter
 import torch
 
 # %% ../../nbs/02_adapters/02_keys.ipynb #332ecebb
-TEXT = ('text_encoder', 'text_encoder_2')
+TEXT = ("text_encoder", "text_encoder_2")
+
 
 def split_parts(
-    state, # layer name -> {'A','B','alpha'}; layers of text encoders carry their part in front
-) -> dict: # 'unet', 'text_encoder', 'text_encoder_2' -> state with names inside that network
+    state,  # layer name -> {'A','B','alpha'}; layers of text encoders carry their part in front
+) -> dict:  # 'unet', 'text_encoder', 'text_encoder_2' -> state with names inside that network
     "Sort the layers of an adapter by network."
     parts = {}
     for n, s in state.items():
-        head, _, rest = n.partition('.')
-        part, name = (head, rest) if head in TEXT else ('unet', n)
+        head, _, rest = n.partition(".")
+        part, name = (head, rest) if head in TEXT else ("unet", n)
         parts.setdefault(part, {})[name] = s
     return parts
 
+
 def join_parts(
-    parts, # part -> state
-) -> dict: # one state
+    parts,  # part -> state
+) -> dict:  # one state
     "Undo `split_parts`."
-    return {n if p == 'unet' else f'{p}.{n}': s for p, state in parts.items() for n, s in state.items()}
+    return {n if p == "unet" else f"{p}.{n}": s for p, state in parts.items() for n, s in state.items()}
 
 # %% ../../nbs/02_adapters/02_keys.ipynb #af7173b9
 _WORDS = """down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out
@@ -39,156 +41,204 @@ _WORDS = """down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to
     time_embed label_emb""".split()
 _CUT = re.compile(rf"(?:^|_)({'|'.join(sorted(_WORDS, key=len, reverse=True))}|[^_]+)(?=_|$)")
 
+
 def dotted(
-    name, # such as 'mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0'
-) -> str: # the same with dots between the parts
+    name,  # such as 'mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0'
+) -> str:  # the same with dots between the parts
     "Put the dots back into a name that was written with underscores."
-    return '.'.join(_CUT.findall(name))
+    return ".".join(_CUT.findall(name))
 
 # %% ../../nbs/02_adapters/02_keys.ipynb #8c884a60
-_RES = {'in_layers.2': 'conv1', 'out_layers.3': 'conv2', 'emb_layers.1': 'time_emb_proj',
-        'skip_connection': 'conv_shortcut'}
-_OUTSIDE = {'time_embed.0': 'time_embedding.linear_1', 'time_embed.2': 'time_embedding.linear_2',
-            'label_emb.0.0': 'add_embedding.linear_1', 'label_emb.0.2': 'add_embedding.linear_2',
-            'input_blocks.0.0': 'conv_in', 'out.2': 'conv_out'}
+_RES = {
+    "in_layers.2": "conv1",
+    "out_layers.3": "conv2",
+    "emb_layers.1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+_OUTSIDE = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.2": "conv_out",
+}
+
 
 def from_sgm(
-    name,     # layer name, in the original blocks or not
-    layers=2, # layers per block, 2 in all Stable Diffusion models
-) -> str:     # layer name in diffusers' U-Net
+    name,  # layer name, in the original blocks or not
+    layers=2,  # layers per block, 2 in all Stable Diffusion models
+) -> str:  # layer name in diffusers' U-Net
     "Translate a layer name of the original code to diffusers."
-    m = re.fullmatch(r'(input|middle|output)_blocks?\.(\d+)\.(.+)', name)
-    if name in _OUTSIDE or not m: return _OUTSIDE.get(name, name)
+    m = re.fullmatch(r"(input|middle|output)_blocks?\.(\d+)\.(.+)", name)
+    if name in _OUTSIDE or not m:
+        return _OUTSIDE.get(name, name)
     side, i, rest = m[1], int(m[2]), m[3]
-    if side == 'middle' and i == 1: return f'mid_block.attentions.0.{rest}'
-    if side == 'middle': return f'mid_block.resnets.{i//2}.{_RES.get(rest, rest)}'
-    place, _, rest = rest.partition('.')
-    b, k = divmod(i - (side == 'input'), layers + 1)
+    if side == "middle" and i == 1:
+        return f"mid_block.attentions.0.{rest}"
+    if side == "middle":
+        return f"mid_block.resnets.{i // 2}.{_RES.get(rest, rest)}"
+    place, _, rest = rest.partition(".")
+    b, k = divmod(i - (side == "input"), layers + 1)
     block = f"{'down' if side == 'input' else 'up'}_blocks.{b}"
-    if rest in ('op', 'conv'): return f"{block}.{'down' if rest == 'op' else 'up'}samplers.0.conv"
-    return f'{block}.attentions.{k}.{rest}' if place == '1' else f'{block}.resnets.{k}.{_RES.get(rest, rest)}'
+    if rest in ("op", "conv"):
+        return f"{block}.{'down' if rest == 'op' else 'up'}samplers.0.conv"
+    return f"{block}.attentions.{k}.{rest}" if place == "1" else f"{block}.resnets.{k}.{_RES.get(rest, rest)}"
 
 # %% ../../nbs/02_adapters/02_keys.ipynb #e1bb849a
 def to_sgm(
-    name,     # layer name in diffusers' U-Net of SDXL
-    layers=2, # layers per block
-) -> str:     # layer name in the original code
+    name,  # layer name in diffusers' U-Net of SDXL
+    layers=2,  # layers per block
+) -> str:  # layer name in the original code
     "Translate a layer name of diffusers to the original code."
-    m = re.fullmatch(r'(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)', name)
-    if not m: return {v: k for k, v in _OUTSIDE.items()}.get(name, name)
+    m = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", name)
+    if not m:
+        return {v: k for k, v in _OUTSIDE.items()}.get(name, name)
     side, kind, k, rest = m[1], m[3], int(m[4]), m[5]
-    if kind == 'resnets': rest = {new: old for old, new in _RES.items()}.get(rest, rest)
-    if side == 'mid': return f"middle_block.{1 if kind == 'attentions' else 2*k}.{rest}"
-    first = int(m[2])*(layers + 1)
-    if kind == 'downsamplers': return f'input_blocks.{first + layers + 1}.0.op'
-    if kind == 'upsamplers': return f'output_blocks.{first + layers}.2.conv'
-    head, i = ('input_blocks', first + k + 1) if side == 'down' else ('output_blocks', first + k)
+    if kind == "resnets":
+        rest = {new: old for old, new in _RES.items()}.get(rest, rest)
+    if side == "mid":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * k}.{rest}"
+    first = int(m[2]) * (layers + 1)
+    if kind == "downsamplers":
+        return f"input_blocks.{first + layers + 1}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{first + layers}.2.conv"
+    head, i = ("input_blocks", first + k + 1) if side == "down" else ("output_blocks", first + k)
     return f"{head}.{i}.{int(kind == 'attentions')}.{rest}"
 
 # %% ../../nbs/02_adapters/02_keys.ipynb #90db083d
-_PART, _AB = r'(?:(?P<part>unet|text_encoder(?:_2)?)\.)?', r'\.(?P<role>lora_[AB])(?:\.default)?\.weight'
-SPELLINGS = {k: re.compile(p) for k, p in dict(
-    kohya=r'(?P<part>lora_unet|lora_te[12]?)_(?P<name>\w+)\.(?P<role>lora_(?:down|up|mid)|alpha)(\.weight)?',
-    peft=rf'{_PART}base_model\.model\.(?P<name>.+){_AB}',
-    diffusers=rf'{_PART}(?P<name>.+){_AB}',
-    old=_PART + r'(?P<name>.+?)((\.lora|_lora|\.lora_linear_layer)\.|\.(?=alpha$))'
-        r'(?P<role>down|up|alpha)(\.weight)?').items()}
-_ROLES = dict(lora_down='A', down='A', lora_A='A', lora_up='B', up='B', lora_B='B', lora_mid='mid',
-              alpha='alpha')
-_HEADS = dict(lora_unet='unet', lora_te='text_encoder', lora_te1='text_encoder', lora_te2='text_encoder_2')
+_PART, _AB = r"(?:(?P<part>unet|text_encoder(?:_2)?)\.)?", r"\.(?P<role>lora_[AB])(?:\.default)?\.weight"
+SPELLINGS = {
+    k: re.compile(p)
+    for k, p in dict(
+        kohya=r"(?P<part>lora_unet|lora_te[12]?)_(?P<name>\w+)\.(?P<role>lora_(?:down|up|mid)|alpha)(\.weight)?",
+        peft=rf"{_PART}base_model\.model\.(?P<name>.+){_AB}",
+        diffusers=rf"{_PART}(?P<name>.+){_AB}",
+        old=_PART + r"(?P<name>.+?)((\.lora|_lora|\.lora_linear_layer)\.|\.(?=alpha$))"
+        r"(?P<role>down|up|alpha)(\.weight)?",
+    ).items()
+}
+_ROLES = dict(
+    lora_down="A", down="A", lora_A="A", lora_up="B", up="B", lora_B="B", lora_mid="mid", alpha="alpha"
+)
+_HEADS = dict(lora_unet="unet", lora_te="text_encoder", lora_te1="text_encoder", lora_te2="text_encoder_2")
+
 
 def _layer(part, name, layers):
     "Name a layer as the state does; the part is guessed where the key does not say it."
-    name = name.replace('.processor.', '.')
-    if part is None: part = TEXT[0] if re.match(r'text_model\.|encoder\.layers\.', name) else 'unet'
-    if part == 'unet': return re.sub(r'\.to_out$', '.to_out.0', from_sgm(name, layers))
-    name = re.sub(r'self_attn\.to_(q|k|v|out)$', r'self_attn.\1_proj', name)
-    return f'{part}.{name}' if re.match('text_(model|projection)', name) else f'{part}.text_model.{name}'
+    name = name.replace(".processor.", ".")
+    if part is None:
+        part = TEXT[0] if re.match(r"text_model\.|encoder\.layers\.", name) else "unet"
+    if part == "unet":
+        return re.sub(r"\.to_out$", ".to_out.0", from_sgm(name, layers))
+    name = re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", name)
+    return f"{part}.{name}" if re.match("text_(model|projection)", name) else f"{part}.text_model.{name}"
 
 # %% ../../nbs/02_adapters/02_keys.ipynb #3aec3af1
 def parse_key(
-    key,      # key of a tensor in an adapter file
-    layers=2, # layers per block of the U-Net, for kohya's SDXL names
-):            # (spelling, layer name, role 'A', 'B', 'alpha' or 'mid'), or None
+    key,  # key of a tensor in an adapter file
+    layers=2,  # layers per block of the U-Net, for kohya's SDXL names
+):  # (spelling, layer name, role 'A', 'B', 'alpha' or 'mid'), or None
     "Read one key, in whichever spelling it is."
     for spelling, pattern in SPELLINGS.items():
-        if not (m := pattern.fullmatch(key)): continue
-        part, name = m['part'], m['name']
-        if spelling == 'kohya': part, name = _HEADS[part], dotted(name)
-        return spelling, _layer(part, name, layers), _ROLES[m['role']]
+        if not (m := pattern.fullmatch(key)):
+            continue
+        part, name = m["part"], m["name"]
+        if spelling == "kohya":
+            part, name = _HEADS[part], dotted(name)
+        return spelling, _layer(part, name, layers), _ROLES[m["role"]]
 
 # %% ../../nbs/02_adapters/02_keys.ipynb #b3ea5c16
 _FOREIGN = {
-    'LoHa': r'\.hada_', 'LoKr': r'\.lokr_', 'DoRA': r'dora_scale|lora_magnitude_vector', 'OFT': r'oft_',
-    'IA3': r'on_input$|\.ia3_', 'GLoRA': r'\.[ab][12]\.weight$', 'a full difference': r'\.diff(_b)?$',
-    'a LoRA with biases': r'lora_B\.(default\.)?bias', 'a norm adapter': r'\.[wb]_norm$',
-    'a LoRA of an embedding layer': r'lora_embedding_', 'a LoRA for a transformer, not for Stable Diffusion':
-    r'^(lora_)?transformer[._]|^diffusion_model\.|(single|double|joint)_(transformer_)?blocks'}
+    "LoHa": r"\.hada_",
+    "LoKr": r"\.lokr_",
+    "DoRA": r"dora_scale|lora_magnitude_vector",
+    "OFT": r"oft_",
+    "IA3": r"on_input$|\.ia3_",
+    "GLoRA": r"\.[ab][12]\.weight$",
+    "a full difference": r"\.diff(_b)?$",
+    "a LoRA with biases": r"lora_B\.(default\.)?bias",
+    "a norm adapter": r"\.[wb]_norm$",
+    "a LoRA of an embedding layer": r"lora_embedding_",
+    "a LoRA for a transformer, not for Stable Diffusion": r"^(lora_)?transformer[._]|^diffusion_model\.|(single|double|joint)_(transformer_)?blocks",
+}
+
 
 def refuse_foreign(
-    keys,    # keys of a file
-    file='', # name for messages
+    keys,  # keys of a file
+    file="",  # name for messages
 ):
     "Refuse a file that is no plain LoRA of Stable Diffusion, and say what it is."
     for kind, pattern in _FOREIGN.items():
-        if hits := [k for k in keys if re.search(pattern, k)]: raise ValueError(
-            f'{file}: this is {kind} ({len(hits)} of {len(keys)} keys, such as {hits[0]!r}), not a plain '
-            'LoRA of Stable Diffusion, and cannot be read. Its own tool can merge it into its base; '
-            'stylelora extract then makes a LoRA of the difference')
+        if hits := [k for k in keys if re.search(pattern, k)]:
+            raise ValueError(
+                f"{file}: this is {kind} ({len(hits)} of {len(keys)} keys, such as {hits[0]!r}), not a plain "
+                "LoRA of Stable Diffusion, and cannot be read. Its own tool can merge it into its base; "
+                "stylelora extract then makes a LoRA of the difference"
+            )
 
 # %% ../../nbs/02_adapters/02_keys.ipynb #00ad8978
 def sort_tensors(
-    tensors,     # key -> tensor
-    file='',     # name for messages
-    layers=2,    # layers per block of the U-Net, for kohya's SDXL names
-    strict=True, # False: skip keys that are not understood
-) -> tuple:      # layer name -> role -> tensor; Counter of spellings; keys that were not understood
+    tensors,  # key -> tensor
+    file="",  # name for messages
+    layers=2,  # layers per block of the U-Net, for kohya's SDXL names
+    strict=True,  # False: skip keys that are not understood
+) -> tuple:  # layer name -> role -> tensor; Counter of spellings; keys that were not understood
     "Sort the tensors of a file by layer and role, looking at every key."
     refuse_foreign(list(tensors), file)
     found, spellings, unread = {}, Counter(), []
     for k, v in tensors.items():
-        if not (hit := parse_key(k, layers)): unread.append(k); continue
+        if not (hit := parse_key(k, layers)):
+            unread.append(k)
+            continue
         spelling, name, role = hit
         spellings[spelling] += 1
-        if role in found.setdefault(name, {}): raise ValueError(
-            f'{file}: {k!r} is the second {role} of {name}; the file holds two adapters, split it')
+        if role in found.setdefault(name, {}):
+            raise ValueError(
+                f"{file}: {k!r} is the second {role} of {name}; the file holds two adapters, split it"
+            )
         found[name][role] = v
-    listed = ', '.join(map(repr, unread[:4])) + (' …' if len(unread) > 4 else '')
-    if unread and (strict or not found): raise ValueError(
-        f'{file}: {len(unread)} of {len(tensors)} keys are not understood: {listed}')
+    listed = ", ".join(map(repr, unread[:4])) + (" …" if len(unread) > 4 else "")
+    if unread and (strict or not found):
+        raise ValueError(f"{file}: {len(unread)} of {len(tensors)} keys are not understood: {listed}")
     return found, spellings, unread
 
 # %% ../../nbs/02_adapters/02_keys.ipynb #a9cfbf02
 def alpha_of(
-    config, # LoraConfig fields, {} if the file has none
-    name,   # layer name
-    rank,   # rank of the layer
-) -> float: # lora_alpha such that the scale is lora_alpha / rank
+    config,  # LoraConfig fields, {} if the file has none
+    name,  # layer name
+    rank,  # rank of the layer
+) -> float:  # lora_alpha such that the scale is lora_alpha / rank
     "Find the lora_alpha of one layer; a file that says nothing means alpha = rank."
-    if odd := [k for k in ('use_dora', 'use_bdlora', 'lora_bias') if config.get(k)]:
-        raise ValueError(f'written with {odd[0]}={config[odd[0]]!r}: not a plain LoRA, not supported')
-    patterns = (config.get('alpha_pattern') or {}).items()
-    alpha = next((v for p, v in patterns if re.match(rf'(.*\.)?({p})$', name)), config.get('lora_alpha'))
-    if alpha is None: return float(rank)
-    return float(alpha)*(math.sqrt(rank) if config.get('use_rslora') else 1.)
+    if odd := [k for k in ("use_dora", "use_bdlora", "lora_bias") if config.get(k)]:
+        raise ValueError(f"written with {odd[0]}={config[odd[0]]!r}: not a plain LoRA, not supported")
+    patterns = (config.get("alpha_pattern") or {}).items()
+    alpha = next((v for p, v in patterns if re.match(rf"(.*\.)?({p})$", name)), config.get("lora_alpha"))
+    if alpha is None:
+        return float(rank)
+    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
 
 # %% ../../nbs/02_adapters/02_keys.ipynb #a04614a2
 def to_state(
-    found,   # layer name -> role -> tensor, see `sort_tensors`
-    configs, # part -> LoraConfig fields, {} if the file has none
-    file='', # name for messages
-) -> dict:   # layer name -> {'A','B','alpha'}, float32
+    found,  # layer name -> role -> tensor, see `sort_tensors`
+    configs,  # part -> LoraConfig fields, {} if the file has none
+    file="",  # name for messages
+) -> dict:  # layer name -> {'A','B','alpha'}, float32
     "Make a state of sorted tensors; every pair must be complete and fit."
-    if half := [n for n, s in found.items() if not {'A', 'B'} <= set(s)]: raise ValueError(
-        f'{file}: {half[0]} lacks one of its two matrices ({len(half)} such layers); the file is incomplete, '
-        'fetch it again')
+    if half := [n for n, s in found.items() if not {"A", "B"} <= set(s)]:
+        raise ValueError(
+            f"{file}: {half[0]} lacks one of its two matrices ({len(half)} such layers); the file is incomplete, "
+            "fetch it again"
+        )
     state = {}
     for n, s in found.items():
-        A, B = s['A'].float(), s['B'].float()
-        if 'mid' in s: A = torch.einsum('rshw,sc->rchw', s['mid'].float(), A.flatten(1))
-        if A.ndim not in (2, 4) or (B.ndim, B.numel()) != (A.ndim, len(B)*len(A)) or B.shape[1] != len(A):
-            raise ValueError(f'{file}: {n}: {tuple(A.shape)} and {tuple(B.shape)} make no pair of matrices')
-        part = n.split('.')[0] if n.startswith(TEXT) else 'unet'
-        alpha = s['alpha'].item() if 'alpha' in s else alpha_of(configs.get(part, {}), n, len(A))
+        A, B = s["A"].float(), s["B"].float()
+        if "mid" in s:
+            A = torch.einsum("rshw,sc->rchw", s["mid"].float(), A.flatten(1))
+        if A.ndim not in (2, 4) or (B.ndim, B.numel()) != (A.ndim, len(B) * len(A)) or B.shape[1] != len(A):
+            raise ValueError(f"{file}: {n}: {tuple(A.shape)} and {tuple(B.shape)} make no pair of matrices")
+        part = n.split(".")[0] if n.startswith(TEXT) else "unet"
+        alpha = s["alpha"].item() if "alpha" in s else alpha_of(configs.get(part, {}), n, len(A))
         state[n] = dict(A=A, B=B, alpha=float(alpha))
     return state

@@ -17,59 +17,68 @@ from ..core import generator as seeded
 # %% ../../nbs/02_adapters/01_lora.ipynb #f90398f3
 class LoRALayer(nn.Module):
     "Hold a frozen base layer and a trainable low-rank update of its weight."
-    def __init__(self,
-        base,             # nn.Linear or nn.Conv2d; kept, frozen, never written to
-        rank=8,           # inner width r of the update, >= 1
+
+    def __init__(
+        self,
+        base,  # nn.Linear or nn.Conv2d; kept, frozen, never written to
+        rank=8,  # inner width r of the update, >= 1
         lora_alpha=None,  # the update is scaled by lora_alpha/rank; None: lora_alpha = rank
-        dropout=0.,       # probability of dropping an input feature of A in training, [0,1)
-        generator=None,   # cpu torch.Generator that draws A; None: always the same start
+        dropout=0.0,  # probability of dropping an input feature of A in training, [0,1)
+        generator=None,  # cpu torch.Generator that draws A; None: always the same start
     ):
         super().__init__()
-        if int(rank) != rank or rank < 1: raise ValueError(f'rank={rank!r}; use a whole number of at least 1')
-        if not 0 <= dropout < 1: raise ValueError(f'dropout={dropout!r}; use a probability in [0,1)')
+        if int(rank) != rank or rank < 1:
+            raise ValueError(f"rank={rank!r}; use a whole number of at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout!r}; use a probability in [0,1)")
         self.base, self.rank, self.dropout = base.requires_grad_(False), int(rank), float(dropout)
         self.lora_alpha = float(rank if lora_alpha is None else lora_alpha)
-        self.strength, self.enabled, self._kept = 1., True, []
+        self.strength, self.enabled, self._kept = 1.0, True, []
         A, B = (torch.empty(s) for s in self._shapes())
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator or seeded('lora', 0))
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator or seeded("lora", 0))
         self.lora_A, self.lora_B = (nn.Parameter(w.to(base.weight.device)) for w in (A, nn.init.zeros_(B)))
         self.train(base.training)
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #deeb0b7e
 class _Adapted(LoRALayer):
-    scale = property(lambda self: self.strength*self.lora_alpha/self.rank)
+    scale = property(lambda self: self.strength * self.lora_alpha / self.rank)
     merged = property(lambda self: bool(self._kept))
     weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
 
     def _input(self, x):
         "Bring the input of A to the adapter's precision, unless autocast will, and drop out."
-        if not torch.is_autocast_enabled(x.device.type): x = x.to(self.lora_A.dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_A.dtype)
         return F.dropout(x, self.dropout, self.training)
 
-    def forward(self, x, *args, **kwargs): # what the base takes
+    def forward(self, x, *args, **kwargs):  # what the base takes
         "Add the update to the output of the base, unless it is off or merged."
         y = self.base(x)
         return y + self.delta(x).to(y.dtype) if self.enabled and not self.merged else y
 
     def merge(self):
         "Fold the update into the base weight, keeping the original weight aside."
-        if self.merged: return
+        if self.merged:
+            return
         W = self.base.weight
         self._kept = [W]
         self.base.weight = nn.Parameter((W.float() + self.delta_weight()).to(W.dtype), requires_grad=False)
 
     def unmerge(self):
         "Put the original weight back, the same object as before."
-        if self.merged: self.base.weight, self._kept = self._kept[0], []
+        if self.merged:
+            self.base.weight, self._kept = self._kept[0], []
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #fb94c5d4
 class LoRALinear(_Adapted):
     "Add scale * B @ A to the weight of a linear layer. Hu et al. 2022, eq. 3."
-    def _shapes(self): return (self.rank, self.base.in_features), (self.base.out_features, self.rank)
+
+    def _shapes(self):
+        return (self.rank, self.base.in_features), (self.base.out_features, self.rank)
 
     def delta(self, x):
         "Compute the update of the output through the narrow waist of `rank` features."
-        return F.linear(F.linear(self._input(x), self.lora_A)*self.scale, self.lora_B)
+        return F.linear(F.linear(self._input(x), self.lora_A) * self.scale, self.lora_B)
 
     def delta_weight(self):
         "Form the update of the weight (d,k), float32."
@@ -78,60 +87,67 @@ class LoRALinear(_Adapted):
 # %% ../../nbs/02_adapters/01_lora.ipynb #01413625
 class LoRAConv2d(_Adapted):
     "Add a rank-r pair of kernels to a convolution: A keeps its size, B is 1x1."
+
     def _shapes(self):
         b = self.base
-        if b.groups != 1 or b.padding_mode != 'zeros':
-            raise ValueError(f'groups={b.groups}, padding_mode={b.padding_mode!r}: LoRAConv2d needs groups=1 '
-                             'and zero padding; leave this layer out of the targets')
+        if b.groups != 1 or b.padding_mode != "zeros":
+            raise ValueError(
+                f"groups={b.groups}, padding_mode={b.padding_mode!r}: LoRAConv2d needs groups=1 "
+                "and zero padding; leave this layer out of the targets"
+            )
         return (self.rank, b.in_channels, *b.kernel_size), (b.out_channels, self.rank, 1, 1)
 
     def delta(self, x):
         "Compute the update of the output (b,d,h,w) through `rank` channels."
         b = self.base
         h = F.conv2d(self._input(x), self.lora_A, None, b.stride, b.padding, b.dilation)
-        return F.conv2d(h*self.scale, self.lora_B)
+        return F.conv2d(h * self.scale, self.lora_B)
 
     def delta_weight(self):
         "Form the update of the kernel (d,c,k,k), float32."
         A, B = self.lora_A.detach(), self.lora_B.detach()[..., 0, 0]
-        return self.scale * torch.einsum('dr,rchw->dchw', B, A)
+        return self.scale * torch.einsum("dr,rchw->dchw", B, A)
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #36bb2a46
-_ATTENTION, _FF = r'attn{}\.to_(q|k|v|out\.0)$', r'\.ff\.net\.(0\.proj|2)$|proj_(in|out)$'
-_CONV = r'\.(conv1|conv2|time_emb_proj|conv_shortcut)$|samplers\.\d+\.conv$'
-TARGETS = dict( # name -> regular expression over the names of linear and convolution layers
-    cross_attention = _ATTENTION.format('2'),
-    self_attention  = _ATTENTION.format('1'),
-    attention       = _ATTENTION.format('[12]'),
-    attention_ff    = _ATTENTION.format('[12]') + '|' + _FF,
-    conv            = _ATTENTION.format('[12]') + '|' + _FF + '|' + _CONV,
-    text_encoder    = r'self_attn\.(q|k|v|out)_proj$',
+_ATTENTION, _FF = r"attn{}\.to_(q|k|v|out\.0)$", r"\.ff\.net\.(0\.proj|2)$|proj_(in|out)$"
+_CONV = r"\.(conv1|conv2|time_emb_proj|conv_shortcut)$|samplers\.\d+\.conv$"
+TARGETS = dict(  # name -> regular expression over the names of linear and convolution layers
+    cross_attention=_ATTENTION.format("2"),
+    self_attention=_ATTENTION.format("1"),
+    attention=_ATTENTION.format("[12]"),
+    attention_ff=_ATTENTION.format("[12]") + "|" + _FF,
+    conv=_ATTENTION.format("[12]") + "|" + _FF + "|" + _CONV,
+    text_encoder=r"self_attn\.(q|k|v|out)_proj$",
 )
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #42705708
 def find_targets(
-    model,                     # any nn.Module
-    targets='cross_attention', # a name from TARGETS, a regular expression, or a list of these
-) -> list:                     # names of matching linear and convolution layers, in model order
+    model,  # any nn.Module
+    target_modules="cross_attention",  # a name from TARGETS, a regular expression, or a list of these
+) -> list:  # names of matching linear and convolution layers, in model order
     "List the layers that a target names; each pattern must match something."
     layers = [n for n, m in model.named_modules() if n and isinstance(m, (nn.Linear, nn.Conv2d))]
-    wanted = [targets] if isinstance(targets, str) else list(targets)
+    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     hits = {t: {n for n in layers if re.search(TARGETS.get(t, t), n)} for t in wanted}
-    if missing := [t for t in wanted if not hits[t]] or (not wanted and ['(none given)']):
-        kinds = Counter('.'.join(re.sub(r'\b\d+\b', 'N', n).split('.')[-3:]) for n in layers)
-        listed = ', '.join(f'{k} ({c})' for k, c in sorted(kinds.items())) or 'none'
-        raise ValueError(f'targets={missing[0]!r} matches no linear or convolution layer; here: {listed}. '
-                         f'Named targets: {", ".join(TARGETS)}')
+    if missing := [t for t in wanted if not hits[t]] or (not wanted and ["(none given)"]):
+        kinds = Counter(".".join(re.sub(r"\b\d+\b", "N", n).split(".")[-3:]) for n in layers)
+        listed = ", ".join(f"{k} ({c})" for k, c in sorted(kinds.items())) or "none"
+        raise ValueError(
+            f"target_modules={missing[0]!r} matches no linear or convolution layer; here: {listed}. "
+            f"Named targets: {', '.join(TARGETS)}"
+        )
     return [n for n in layers if any(n in h for h in hits.values())]
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #a5b4dff2
 def _put(model, name, layer):
-    parent, _, last = name.rpartition('.')
+    parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
+
 
 def _wrap(model, name, **kwargs):
     base = model.get_submodule(name)
     _put(model, name, (LoRAConv2d if isinstance(base, nn.Conv2d) else LoRALinear)(base, **kwargs))
+
 
 def lora_layers(
     model,  # any nn.Module
@@ -141,115 +157,137 @@ def lora_layers(
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #69c747ad
 def inject(
-    model,                     # nn.Module, frozen in place; its own tensors are not written to
-    targets='cross_attention', # a name from TARGETS, a regular expression, or a list of these
-    rank=8,                    # inner width r of every update, >= 1
-    lora_alpha=None,           # the update is scaled by lora_alpha/rank; None: lora_alpha = rank
-    dropout=0.,                # probability of dropping an input feature of A in training, [0,1)
-    generator=None,            # cpu torch.Generator for all A; None: always the same start
-) -> list:                     # names of the adapted layers
+    model,  # nn.Module, frozen in place; its own tensors are not written to
+    target_modules="cross_attention",  # a name from TARGETS, a regular expression, or a list of these
+    rank=8,  # inner width r of every update, >= 1
+    lora_alpha=None,  # the update is scaled by lora_alpha/rank; None: lora_alpha = rank
+    dropout=0.0,  # probability of dropping an input feature of A in training, [0,1)
+    generator=None,  # cpu torch.Generator for all A; None: always the same start
+) -> list:  # names of the adapted layers
     "Freeze a model and hang a trainable adapter on each target layer."
     if there := lora_layers(model):
-        raise ValueError(f'the model already carries {len(there)} adapters; call remove(model) first')
-    names, generator = find_targets(model, targets), generator or seeded('lora', 0)
+        raise ValueError(f"the model already carries {len(there)} adapters; call remove(model) first")
+    names, generator = find_targets(model, target_modules), generator or seeded("lora", 0)
     model.requires_grad_(False)
-    for n in names: _wrap(model, n, rank=rank, lora_alpha=lora_alpha, dropout=dropout, generator=generator)
+    for n in names:
+        _wrap(model, n, rank=rank, lora_alpha=lora_alpha, dropout=dropout, generator=generator)
     return names
 
+
 def remove(
-    model, # nn.Module with adapters
-) -> list: # names of the layers that were freed
+    model,  # nn.Module with adapters
+) -> list:  # names of the layers that were freed
     "Take the adapters out; the original layers and tensors come back, the same objects."
     layers = lora_layers(model)
-    for n, layer in layers.items(): layer.unmerge(); _put(model, n, layer.base)
+    for n, layer in layers.items():
+        layer.unmerge()
+        _put(model, n, layer.base)
     return list(layers)
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #3ac7706c
 def merge(
-    model,     # nn.Module with adapters
-    keep=True, # False: also drop the adapters and leave an ordinary model
-) -> int:      # number of adapters merged
+    model,  # nn.Module with adapters
+    keep=True,  # False: also drop the adapters and leave an ordinary model
+) -> int:  # number of adapters merged
     "Fold every update into its layer's weight, so that the adapters cost nothing."
     layers = lora_layers(model)
     for n, layer in layers.items():
         layer.merge()
-        if not keep: _put(model, n, layer.base)
+        if not keep:
+            _put(model, n, layer.base)
     return len(layers)
 
+
 def unmerge(
-    model, # nn.Module with merged adapters
+    model,  # nn.Module with merged adapters
 ) -> int:  # number of adapters
     "Undo `merge`: the original weights come back, the same objects."
-    for layer in (layers := lora_layers(model)).values(): layer.unmerge()
+    for layer in (layers := lora_layers(model)).values():
+        layer.unmerge()
     return len(layers)
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #1eb00dc0
 def set_scale(
-    model,      # nn.Module with adapters, not merged
-    scale=1.,   # strength; the effective scale becomes scale * lora_alpha / rank
-    pattern='', # regular expression over layer names; '' means all
-) -> int:       # number of adapters set
+    model,  # nn.Module with adapters, not merged
+    scale=1.0,  # strength; the effective scale becomes scale * lora_alpha / rank
+    pattern="",  # regular expression over layer names; '' means all
+) -> int:  # number of adapters set
     "Set the strength of the adapters: 0 is the bare base, 1 the adapter as trained."
     hits = {n: m for n, m in lora_layers(model).items() if re.search(pattern, n)}
     if not hits:
-        raise ValueError(f'pattern={pattern!r} matches none of the {len(lora_layers(model))} adapters here')
+        raise ValueError(f"pattern={pattern!r} matches none of the {len(lora_layers(model))} adapters here")
     if any(m.merged for m in hits.values()):
-        raise ValueError('the adapters are merged; call unmerge(model) first')
-    for m in hits.values(): m.strength = float(scale)
+        raise ValueError("the adapters are merged; call unmerge(model) first")
+    for m in hits.values():
+        m.strength = float(scale)
     return len(hits)
+
 
 @contextmanager
 def lora_off(
-    model, # nn.Module with adapters, not merged
+    model,  # nn.Module with adapters, not merged
 ):
     "Switch the adapters off inside a `with` block."
     was = {m: m.enabled for m in lora_layers(model).values()}
-    for m in was: m.enabled = False
-    try: yield model
+    for m in was:
+        m.enabled = False
+    try:
+        yield model
     finally:
-        for m, on in was.items(): m.enabled = on
+        for m, on in was.items():
+            m.enabled = on
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #886c2daf
 def lora_state(
-    model, # nn.Module with adapters
-) -> dict: # layer name -> {'A': tensor, 'B': tensor, 'alpha': float}, copies on the cpu
+    model,  # nn.Module with adapters
+) -> dict:  # layer name -> {'A': tensor, 'B': tensor, 'alpha': float}, copies on the cpu
     "Copy out the adapters of a model."
-    def own(w): return w.detach().to('cpu', copy=True).contiguous()
+
+    def own(w):
+        return w.detach().to("cpu", copy=True).contiguous()
+
     layers = lora_layers(model)
     return {n: dict(A=own(m.lora_A), B=own(m.lora_B), alpha=m.lora_alpha) for n, m in layers.items()}
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #ca767dd5
 def _check(model, state):
     modules, there = dict(model.named_modules()), lora_layers(model)
-    if not state: raise ValueError('the adapter has no layers; nothing would be loaded')
+    if not state:
+        raise ValueError("the adapter has no layers; nothing would be loaded")
     if there and set(there) != set(state):
-        raise ValueError(f'the model carries {len(there)} adapters on other layers than these {len(state)}; '
-                         'remove(model) first')
+        raise ValueError(
+            f"the model carries {len(there)} adapters on other layers than these {len(state)}; "
+            "remove(model) first"
+        )
     for n, s in state.items():
-        base = getattr(modules.get(n), 'base', modules.get(n))
+        base = getattr(modules.get(n), "base", modules.get(n))
         if not isinstance(base, (nn.Linear, nn.Conv2d)):
-            raise ValueError(f'{n}: no such linear or convolution layer here; is this the right base?')
-        W, A, B = (tuple(w.shape) for w in (base.weight, s['A'], s['B']))
+            raise ValueError(f"{n}: no such linear or convolution layer here; is this the right base?")
+        W, A, B = (tuple(w.shape) for w in (base.weight, s["A"], s["B"]))
         if (B[0], *A[1:]) != W or B[1] != A[0]:
-            raise ValueError(f'{n}: A {A} and B {B} do not fit a weight {W}; is this the right base?')
+            raise ValueError(f"{n}: A {A} and B {B} do not fit a weight {W}; is this the right base?")
         if n in there and there[n].rank != A[0]:
-            raise ValueError(f'{n}: rank {A[0]} is stored, {there[n].rank} in place; remove(model) first')
+            raise ValueError(f"{n}: rank {A[0]} is stored, {there[n].rank} in place; remove(model) first")
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #2d56bfa5
 def load_state(
-    model,    # nn.Module, bare or with adapters on the same layers
-    state,    # layer name -> {'A','B','alpha'}, see `lora_state`
-    scale=1., # strength of the loaded adapters
-) -> list:    # names of the adapted layers
+    model,  # nn.Module, bare or with adapters on the same layers
+    state,  # layer name -> {'A','B','alpha'}, see `lora_state`
+    scale=1.0,  # strength of the loaded adapters
+) -> list:  # names of the adapted layers
     "Put stored adapters into a model, each with its own rank and lora_alpha."
     _check(model, state)
-    if not lora_layers(model): model.requires_grad_(False)
+    if not lora_layers(model):
+        model.requires_grad_(False)
     for n, s in state.items():
-        if not isinstance(model.get_submodule(n), LoRALayer): _wrap(model, n, rank=len(s['A']))
+        if not isinstance(model.get_submodule(n), LoRALayer):
+            _wrap(model, n, rank=len(s["A"]))
         m = model.get_submodule(n)
         m.unmerge()
-        m.lora_alpha, m.strength = float(s['alpha']), float(scale)
-        with torch.no_grad(): m.lora_A.copy_(s['A']); m.lora_B.copy_(s['B'])
+        m.lora_alpha, m.strength = float(s["alpha"]), float(scale)
+        with torch.no_grad():
+            m.lora_A.copy_(s["A"])
+            m.lora_B.copy_(s["B"])
     return list(state)
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #8c808cc6
@@ -259,21 +297,24 @@ def count_parameters(
     "Count parameters; the total includes the adapters."
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return dict(trainable=trainable, total=total, share=trainable/max(total, 1))
+    return dict(trainable=trainable, total=total, share=trainable / max(total, 1))
+
 
 def summary(
-    model, # nn.Module with adapters
+    model,  # nn.Module with adapters
 ) -> str:  # one line: layers, ranks, parameters, share
     "Describe the adapters of a model in one line."
     n, ranks = count_parameters(model), sorted({m.rank for m in lora_layers(model).values()})
-    return (f'{len(lora_layers(model))} adapters of rank {", ".join(map(str, ranks)) or "-"}: '
-            f'{n["trainable"]:,} trainable of {n["total"]:,} parameters ({n["share"]:.2%})')
+    return (
+        f"{len(lora_layers(model))} adapters of rank {', '.join(map(str, ranks)) or '-'}: "
+        f"{n['trainable']:,} trainable of {n['total']:,} parameters ({n['share']:.2%})"
+    )
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #23fe12ad
 def spectrum(
-    layer, # LoRALinear or LoRAConv2d
-) -> torch.Tensor: # singular values of the update (r,), descending; a kernel counts as a (d, c*k*k) matrix
+    layer,  # LoRALinear or LoRAConv2d
+) -> torch.Tensor:  # singular values of the update (r,), descending; a kernel counts as a (d, c*k*k) matrix
     "Compute the singular values of an update without forming it."
     A, B = (w.detach().double().flatten(1) for w in (layer.lora_A, layer.lora_B))
-    R = torch.linalg.qr(B, mode='r')[1] @ torch.linalg.qr(A.T, mode='r')[1].T
-    return torch.linalg.svdvals(R)*abs(layer.scale)
+    R = torch.linalg.qr(B, mode="r")[1] @ torch.linalg.qr(A.T, mode="r")[1].T
+    return torch.linalg.svdvals(R) * abs(layer.scale)

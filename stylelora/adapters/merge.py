@@ -23,100 +23,120 @@ from .files import AdapterFile, read_adapter, save_adapter, target_of
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #bf125e29
 def delta_of(
-    s, # one layer of a state: {'A','B','alpha'}
-) -> torch.Tensor: # update of the weight, (d,k) or (d,c,k,k), float64
+    s,  # one layer of a state: {'A','B','alpha'}
+) -> torch.Tensor:  # update of the weight, (d,k) or (d,c,k,k), float64
     "Form the update of one layer's weight."
-    A, B = (s[w].double().flatten(1) for w in 'AB')
-    return (B @ A*(s['alpha']/len(s['A']))).reshape(_shape(s))
+    A, B = (s[w].double().flatten(1) for w in "AB")
+    return (B @ A * (s["alpha"] / len(s["A"]))).reshape(_shape(s))
 
-def _shape(s): return (len(s['B']), *s['A'].shape[1:])
+
+def _shape(s):
+    return (len(s["B"]), *s["A"].shape[1:])
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #84c029f5
-_BLOCKS = dict(down=r'^down_blocks\.', mid=r'^mid_block\.', up=r'^up_blocks\.')
+_BLOCKS = dict(down=r"^down_blocks\.", mid=r"^mid_block\.", up=r"^up_blocks\.")
+
 
 def _number(w):
-    if isinstance(w, Real) and not isinstance(w, bool) and math.isfinite(w): return float(w)
-    raise ValueError(f'weight={w!r}; use a finite number, or a dict of numbers per block or pattern')
+    if isinstance(w, Real) and not isinstance(w, bool) and math.isfinite(w):
+        return float(w)
+    raise ValueError(f"weight={w!r}; use a finite number, or a dict of numbers per block or pattern")
 
-def _spread(weights, head=''):
+
+def _spread(weights, head=""):
     "Flatten nested weights to (pattern, number), in the order of writing."
     pairs, nested = [], isinstance(weights, dict)
     for key, w in weights.items() if nested else enumerate(weights):
-        if not nested: p = rf'{head}(attentions|resnets)\.{key}\.'
-        else: p = rf"{head}{str(key).removeprefix('block_')}\." if head else _BLOCKS.get(key, str(key))
+        if not nested:
+            p = rf"{head}(attentions|resnets)\.{key}\."
+        else:
+            p = rf"{head}{str(key).removeprefix('block_')}\." if head else _BLOCKS.get(key, str(key))
         pairs += _spread(w, p) if isinstance(w, (dict, list, tuple)) else [(p, _number(w))]
     return pairs
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #02d43bb7
 def layer_weights(
-    weight, # a number, or a dict: {'down': .5, 'up': {'block_1': [0, 1]}, 'attn2': 2}
+    weight,  # a number, or a dict: {'down': .5, 'up': {'block_1': [0, 1]}, 'attn2': 2}
     names,  # layer names of the adapter
 ) -> dict:  # layer name -> number; 1 where no pattern matches
     "Find the weight of each layer of an adapter."
-    if not isinstance(weight, dict): return dict.fromkeys(names, _number(weight))
+    if not isinstance(weight, dict):
+        return dict.fromkeys(names, _number(weight))
     pairs = _spread(weight)
     for p, _ in pairs:
         if p not in _BLOCKS.values() and not any(re.search(p, n) for n in names):
-            raise ValueError(f'weights: {p!r} matches none of the {len(names)} layers here, such as '
-                             f"{next(iter(names), '-')}; use 'down', 'mid', 'up' or a pattern of layer names")
-    return {n: next((w for p, w in pairs if re.search(p, n)), 1.) for n in names}
+            raise ValueError(
+                f"weights: {p!r} matches none of the {len(names)} layers here, such as "
+                f"{next(iter(names), '-')}; use 'down', 'mid', 'up' or a pattern of layer names"
+            )
+    return {n: next((w for p, w in pairs if re.search(p, n)), 1.0) for n in names}
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #6373f7c1
 def check_states(
-    states, # list of states, each layer name -> {'A','B','alpha'}
+    states,  # list of states, each layer name -> {'A','B','alpha'}
 ) -> list:  # names of all layers, in the order of appearance
     "Make sure that adapters fit together, and list their layers."
-    if not states: raise ValueError('no adapter is given; pass at least one')
+    if not states:
+        raise ValueError("no adapter is given; pass at least one")
     shapes = {}
     for i, state in enumerate(states):
-        if not state: raise ValueError(f'adapter {i} has no layers')
+        if not state:
+            raise ValueError(f"adapter {i} has no layers")
         for n, s in state.items():
-            if s['B'].shape[1] != len(s['A']): raise ValueError(
-                f"{n}: A {tuple(s['A'].shape)} and B {tuple(s['B'].shape)} of adapter {i} make no pair")
+            if s["B"].shape[1] != len(s["A"]):
+                raise ValueError(
+                    f"{n}: A {tuple(s['A'].shape)} and B {tuple(s['B'].shape)} of adapter {i} make no pair"
+                )
             j, shape = shapes.setdefault(n, (i, _shape(s)))
-            if shape != _shape(s): raise ValueError(
-                f'{n}: adapter {j} updates a weight of shape {shape}, adapter {i} one of shape {_shape(s)}; '
-                'they were trained on different bases and cannot be combined')
+            if shape != _shape(s):
+                raise ValueError(
+                    f"{n}: adapter {j} updates a weight of shape {shape}, adapter {i} one of shape {_shape(s)}; "
+                    "they were trained on different bases and cannot be combined"
+                )
     return list(shapes)
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #45b8ca88
 def _parts(states, weights):
     "List for each layer its parts: pairs of {'A','B','alpha'} and a number."
     if len(weights) != len(states):
-        raise ValueError(f'{len(weights)} weights for {len(states)} adapters; pass one each')
+        raise ValueError(f"{len(weights)} weights for {len(states)} adapters; pass one each")
     names, each = check_states(states), [layer_weights(w, s) for w, s in zip(weights, states)]
     return {n: [(s[n], w[n]) for s, w in zip(states, each) if n in s] for n in names}
 
-def _scale(s): return s['alpha']/len(s['A'])
+
+def _scale(s):
+    return s["alpha"] / len(s["A"])
+
 
 def _join(parts):
     "Put the parts of a layer side by side."
     live = [(s, w) for s, w in parts if w] or parts[:1]
     lead = max((s for s, _ in live), key=lambda s: abs(_scale(s)))
-    A = torch.cat([s['A'].float() for s, _ in live])
-    B = torch.cat([s['B'].float()*(w*_scale(s)/(_scale(lead) or 1.)) for s, w in live], 1)
-    return dict(A=A, B=B, alpha=lead['alpha']*len(A)/len(lead['A']))
+    A = torch.cat([s["A"].float() for s, _ in live])
+    B = torch.cat([s["B"].float() * (w * _scale(s) / (_scale(lead) or 1.0)) for s, w in live], 1)
+    return dict(A=A, B=B, alpha=lead["alpha"] * len(A) / len(lead["A"]))
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #6de6645c
 def blend(
     states,  # list of states, each layer name -> {'A','B','alpha'}
-    weights, # one for each: a number, or numbers per block, see `layer_weights`
-) -> dict:   # state whose update is exactly the weighted sum; ranks add up
+    weights,  # one for each: a number, or numbers per block, see `layer_weights`
+) -> dict:  # state whose update is exactly the weighted sum; ranks add up
     "Mix adapters exactly."
     return {n: _join(parts) for n, parts in _parts(states, weights).items()}
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #c9bc287d
 def core_of(
-    s, # one layer of a state: {'A','B','alpha'}
-) -> tuple: # Q (d,r), core (r,r), P (k,r): update = Q @ core @ P.T, float64
+    s,  # one layer of a state: {'A','B','alpha'}
+) -> tuple:  # Q (d,r), core (r,r), P (k,r): update = Q @ core @ P.T, float64
     "Rotate an update into a small matrix of the same norm and singular values."
-    A, B = (s[w].double().flatten(1) for w in 'AB')
+    A, B = (s[w].double().flatten(1) for w in "AB")
     (Q, b), (P, a) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    return Q, b @ a.T*_scale(s), P
+    return Q, b @ a.T * _scale(s), P
+
 
 def norm_of(
-    s, # one layer of a state: {'A','B','alpha'}
-) -> float: # Frobenius norm of the update
+    s,  # one layer of a state: {'A','B','alpha'}
+) -> float:  # Frobenius norm of the update
     "Compute the size of an update without forming it."
     return core_of(s)[1].norm().item()
 
@@ -124,39 +144,46 @@ def norm_of(
 @dataclass
 class Fit:
     "Hold an adapter that stands for another update, and how far it is off."
-    state:dict         # layer name -> {'A','B','alpha'}
-    table:pd.DataFrame # module, rank, norm (of the wanted update), error (of the difference); a row per layer
+
+    state: dict  # layer name -> {'A','B','alpha'}
+    table: (
+        pd.DataFrame
+    )  # module, rank, norm (of the wanted update), error (of the difference); a row per layer
 
     @property
     def error(self):
         "Compute the relative error of all layers together."
-        wrong, wanted = ((self.table[c]**2).sum()**.5 for c in ('error', 'norm'))
-        return float(wrong/wanted) if wanted else float(wrong and math.inf)
+        wrong, wanted = ((self.table[c] ** 2).sum() ** 0.5 for c in ("error", "norm"))
+        return float(wrong / wanted) if wanted else float(wrong and math.inf)
 
     def __str__(self):
-        ranks, t = sorted({len(s['A']) for s in self.state.values()}), self.table
-        worst = t.loc[(t.error/t.norm.where(t.norm > 0, 1)).idxmax()]
-        return (f"{len(self.state)} layers of rank {', '.join(map(str, ranks))}: error {self.error:.2%} of "
-                f"the update; worst {worst.module} with {worst.error/(worst.norm or 1):.2%}")
+        ranks, t = sorted({len(s["A"]) for s in self.state.values()}), self.table
+        worst = t.loc[(t.error / t.norm.where(t.norm > 0, 1)).idxmax()]
+        return (
+            f"{len(self.state)} layers of rank {', '.join(map(str, ranks))}: error {self.error:.2%} of "
+            f"the update; worst {worst.module} with {worst.error / (worst.norm or 1):.2%}"
+        )
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #5f1d5a15
 def _pair(U, S, Vh, rank, shape):
     "Make a layer of a state from the leading singular values of its update (d,...)."
     root = S[:rank].sqrt()
-    A, B = (root[:, None]*Vh[:rank]).reshape(-1, *shape[1:]), U[:, :rank]*root
-    A, B = A.float(), B.reshape(len(B), -1, *[1]*(len(shape) - 2)).float()
+    A, B = (root[:, None] * Vh[:rank]).reshape(-1, *shape[1:]), U[:, :rank] * root
+    A, B = A.float(), B.reshape(len(B), -1, *[1] * (len(shape) - 2)).float()
     return dict(A=A.contiguous(), B=B.contiguous(), alpha=float(len(A)))
+
 
 def _check_rank(rank):
     if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f'rank={rank!r}; use a whole number, 1 or more')
+        raise ValueError(f"rank={rank!r}; use a whole number, 1 or more")
 
-def _row(name, s, S): # singular values of the update that s stands for
-    return dict(module=name, rank=len(s['A']), norm=S.norm().item(), error=S[len(s['A']):].norm().item())
+
+def _row(name, s, S):  # singular values of the update that s stands for
+    return dict(module=name, rank=len(s["A"]), norm=S.norm().item(), error=S[len(s["A"]) :].norm().item())
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #e5928d70
 def compress(
-    state, # layer name -> {'A','B','alpha'}
+    state,  # layer name -> {'A','B','alpha'}
     rank,  # largest rank to keep, >= 1
 ) -> Fit:  # the best adapter of at most this rank, with its error
     "Lower the rank of an adapter, losing as little as possible. Eckart and Young 1936."
@@ -166,230 +193,277 @@ def compress(
     for n, s in state.items():
         Q, core, P = core_of(s)
         U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-        kept[n] = dict(s) if len(s['A']) <= rank else _pair(Q @ U, S, Vh @ P.T, rank, _shape(s))
+        kept[n] = dict(s) if len(s["A"]) <= rank else _pair(Q @ U, S, Vh @ P.T, rank, _shape(s))
         rows.append(_row(n, kept[n], S))
     return Fit(kept, pd.DataFrame(rows))
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #45e475d1
 def resize(
-    state, # layer name -> {'A','B','alpha'}
+    state,  # layer name -> {'A','B','alpha'}
     rank,  # rank of every layer of the result, >= 1
 ) -> Fit:  # adapter of exactly this rank, with its error (0 if no layer was cut)
     "Give all layers of an adapter one rank."
     fit = compress(state, rank)
     for n, s in fit.state.items():
-        if not (more := rank - len(s['A'])): continue
-        A = s['A'].new_empty(more, *s['A'].shape[1:])
-        B = s['B'].new_zeros(len(s['B']), more, *s['B'].shape[2:])
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=seeded('resize', n))
-        fit.state[n] = dict(A=torch.cat([s['A'], A]), B=torch.cat([s['B'], B], 1), alpha=_scale(s)*rank)
-    fit.table['rank'] = rank
+        if not (more := rank - len(s["A"])):
+            continue
+        A = s["A"].new_empty(more, *s["A"].shape[1:])
+        B = s["B"].new_zeros(len(s["B"]), more, *s["B"].shape[2:])
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=seeded("resize", n))
+        fit.state[n] = dict(A=torch.cat([s["A"], A]), B=torch.cat([s["B"], B], 1), alpha=_scale(s) * rank)
+    fit.table["rank"] = rank
     return fit
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #54aadf33
 def _average(parts):
     "Average the factors of a layer; return the result and its cross-terms, both as layers."
-    c = [w*_scale(s) for s, w in parts]
-    b = [abs(v)**.5 for v in c]
-    As, Bs = ([s[k].double() for s, _ in parts] for k in 'AB')
-    aA, bB = ([math.copysign(f, v)*A for f, v, A in zip(b, c, As)], [f*B for f, B in zip(b, Bs)])
+    c = [w * _scale(s) for s, w in parts]
+    b = [abs(v) ** 0.5 for v in c]
+    As, Bs = ([s[k].double() for s, _ in parts] for k in "AB")
+    aA, bB = ([math.copysign(f, v) * A for f, v, A in zip(b, c, As)], [f * B for f, B in zip(b, Bs)])
     A, r = sum(aA), len(As[0])
-    cross = dict(A=torch.cat([A - own for own in aA]), B=torch.cat(bB, 1), alpha=float(r*len(parts)))
+    cross = dict(A=torch.cat([A - own for own in aA]), B=torch.cat(bB, 1), alpha=float(r * len(parts)))
     return dict(A=A.float(), B=sum(bB).float(), alpha=float(r)), cross
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #853082ab
 def average_factors(
     states,  # list of states of equal ranks
-    weights, # one for each: a number, or numbers per block, see `layer_weights`
-) -> Fit:    # the averaged adapter; its error is the size of the cross-terms
+    weights,  # one for each: a number, or numbers per block, see `layer_weights`
+) -> Fit:  # the averaged adapter; its error is the size of the cross-terms
     "Average A and B separately, as PEFT's 'linear' does; use `blend` for the exact mixture."
     layers, rows = {}, []
     for n, parts in _parts(states, weights).items():
-        if len(ranks := {len(s['A']) for s, _ in parts}) > 1: raise ValueError(
-            f'{n}: ranks {sorted(ranks)}; factors can be averaged at one rank only. resize() the adapters '
-            'first, or blend() them, which is exact at any ranks')
+        if len(ranks := {len(s["A"]) for s, _ in parts}) > 1:
+            raise ValueError(
+                f"{n}: ranks {sorted(ranks)}; factors can be averaged at one rank only. resize() the adapters "
+                "first, or blend() them, which is exact at any ranks"
+            )
         layers[n], cross = _average(parts)
         rows.append(dict(module=n, rank=ranks.pop(), norm=norm_of(_join(parts)), error=norm_of(cross)))
     return Fit(layers, pd.DataFrame(rows))
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #ec8a1049
 def _weights_of(model):
-    if lora_layers(model): raise ValueError('the model carries adapters; merge(model, keep=False) them first')
+    if lora_layers(model):
+        raise ValueError("the model carries adapters; merge(model, keep=False) them first")
     return {k: v.detach().cpu().double() for k, v in model.named_parameters()}
+
 
 def _differences(before, after):
     "Subtract two models: parameter name -> difference, float64."
     old, new = _weights_of(before), _weights_of(after)
     odd = sorted(set(old) ^ set(new)) or [k for k in old if old[k].shape != new[k].shape]
-    if odd: raise ValueError(
-        f'{odd[0]} is not alike in both models ({len(odd)} such); compare models of one kind')
+    if odd:
+        raise ValueError(
+            f"{odd[0]} is not alike in both models ({len(odd)} such); compare models of one kind"
+        )
     return {k: new[k] - old[k] for k in old}
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #21084e9d
 def extract(
-    before, # nn.Module, the base
+    before,  # nn.Module, the base
     after,  # nn.Module of the same kind, fine-tuned
     names,  # list of layer names, or targets as for `inject`
-    rank,   # largest rank of a layer, >= 1
-) -> Fit:   # the adapter, with its error; differences outside it are the row 'elsewhere'
+    rank,  # largest rank of a layer, >= 1
+) -> Fit:  # the adapter, with its error; differences outside it are the row 'elsewhere'
     "Turn the difference of two models into an adapter, losing as little as possible."
     _check_rank(rank)
     D = _differences(before, after)
     names = find_targets(before, names) if isinstance(names, str) else list(dict.fromkeys(names))
-    if lost := [n for n in names if f'{n}.weight' not in D]: raise ValueError(f'{lost[0]}: no such layer')
+    if lost := [n for n in names if f"{n}.weight" not in D]:
+        raise ValueError(f"{lost[0]}: no such layer")
     state, rows = {}, []
     for n in names:
-        U, S, Vh = torch.linalg.svd((W := D.pop(f'{n}.weight')).flatten(1), full_matrices=False)
+        U, S, Vh = torch.linalg.svd((W := D.pop(f"{n}.weight")).flatten(1), full_matrices=False)
         state[n] = _pair(U, S, Vh, rank, W.shape)
         rows.append(_row(n, state[n], S))
-    if not any(r['norm'] for r in rows): raise ValueError(f'the two models agree in all {len(names)} layers')
+    if not any(r["norm"] for r in rows):
+        raise ValueError(f"the two models agree in all {len(names)} layers")
     if rest := math.hypot(*(d.norm().item() for d in D.values())):
-        rows.append(dict(module='elsewhere', rank=0, norm=rest, error=rest))
+        rows.append(dict(module="elsewhere", rank=0, norm=rest, error=rest))
     return Fit(state, pd.DataFrame(rows))
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #4541609c
 def block_of(
-    name, # layer name
-) -> str: # 'down 0', 'mid', 'up 2', or 'other'
+    name,  # layer name
+) -> str:  # 'down 0', 'mid', 'up 2', or 'other'
     "Name the block of the U-Net that a layer is in."
-    m = re.match(r'(?:(down|up)_blocks\.(\d+)|(mid)_block)\.', name)
-    return ' '.join(filter(None, m.groups())) if m else 'other'
+    m = re.match(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.", name)
+    return " ".join(filter(None, m.groups())) if m else "other"
+
 
 def _inspect(name, s):
     S = torch.linalg.svdvals(core_of(s)[1])
-    p = S/S.sum().clamp_min(1e-300)
-    kind = 'linear' if s['A'].ndim == 2 else 'conv {}x{}'.format(*s['A'].shape[2:])
-    return dict(module=name, block=block_of(name), kind=kind, rank=len(s['A']), alpha=s['alpha'],
-                norm=S.norm().item(), effective_rank=torch.special.entr(p).sum().exp().item())
+    p = S / S.sum().clamp_min(1e-300)
+    kind = "linear" if s["A"].ndim == 2 else "conv {}x{}".format(*s["A"].shape[2:])
+    return dict(
+        module=name,
+        block=block_of(name),
+        kind=kind,
+        rank=len(s["A"]),
+        alpha=s["alpha"],
+        norm=S.norm().item(),
+        effective_rank=torch.special.entr(p).sum().exp().item(),
+    )
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #e63d0b76
 def inspect_state(
-    state,       # layer name -> {'A','B','alpha'}
-    header=None, # what the file says besides, kept in the table's `attrs`
-) -> pd.DataFrame: # a row per layer: module, block, kind, rank, alpha, norm, effective_rank, share
+    state,  # layer name -> {'A','B','alpha'}
+    header=None,  # what the file says besides, kept in the table's `attrs`
+) -> pd.DataFrame:  # a row per layer: module, block, kind, rank, alpha, norm, effective_rank, share
     "Describe an adapter, layer by layer."
     check_states([state])
     table = pd.DataFrame([_inspect(n, s) for n, s in state.items()])
-    table['share'] = table.norm**2/max((table.norm**2).sum(), 1e-300)
-    table.attrs['header'] = dict(header or {})
+    table["share"] = table.norm**2 / max((table.norm**2).sum(), 1e-300)
+    table.attrs["header"] = dict(header or {})
     return table
 
+
 def block_shares(
-    table, # of `inspect_state`
-) -> pd.DataFrame: # a row per block: layers, norm, share of the energy
+    table,  # of `inspect_state`
+) -> pd.DataFrame:  # a row per block: layers, norm, share of the energy
     "Sum up the energy of an adapter by blocks of the U-Net."
-    groups = table.assign(energy=table.norm**2).groupby('block', sort=False)
-    return pd.DataFrame(dict(layers=groups.size(), norm=groups.energy.sum()**.5, share=groups.share.sum()))
+    groups = table.assign(energy=table.norm**2).groupby("block", sort=False)
+    return pd.DataFrame(dict(layers=groups.size(), norm=groups.energy.sum() ** 0.5, share=groups.share.sum()))
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #e64ea123
 def files_of(
     path,  # file of an adapter, its folder, or PEFT's folder with a sub-folder per network
-) -> list: # its files with tensors
+) -> list:  # its files with tensors
     "List the files that an adapter consists of."
-    subs = [f for f in sorted(Path(path).glob('*/adapter_model.safetensors'))]
+    subs = [f for f in sorted(Path(path).glob("*/adapter_model.safetensors"))]
     return subs or [find_file(path)]
 
+
 def source_of(
-    path,   # file of an adapter, or its folder
-    **more, # what else to say about it
+    path,  # file of an adapter, or its folder
+    **more,  # what else to say about it
 ) -> dict:  # file (name only), sha256, manifest, and the rest
     "Describe a source in the manifest of what is made from it."
     files = files_of(path)
     name = files[0].name if len(files) == 1 else Path(path).name
     return dict(file=name, sha256=hash_files(files), manifest=read_adapter(path).manifest, **more)
 
-def _check_out(out, sources, layout='diffusers', force=True):
+
+def _check_out(out, sources, layout="diffusers", force=True):
     out = target_of(out, layout, force)
     taken = [p.resolve() for s in sources for p in (*files_of(s), *([Path(s)] if Path(s).is_dir() else []))]
     if out.resolve() in taken:
-        raise ValueError(f'{out} is one of the sources and would be overwritten; choose another name')
+        raise ValueError(f"{out} is one of the sources and would be overwritten; choose another name")
     return out
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #f5d6009c
 def merge_files(
-    paths,      # files of adapters, or their folders
-    weights,    # one for each, or one for all: a number, or numbers per block, see `layer_weights`
-    out,        # file to write, ending in .safetensors, or a folder
+    paths,  # files of adapters, or their folders
+    weights,  # one for each, or one for all: a number, or numbers per block, see `layer_weights`
+    out,  # file to write, ending in .safetensors, or a folder
     rank=None,  # largest rank of the result; None keeps everything, ranks add up
-    dtype=None, # number format in the file, such as 'float16'; None: float32
-) -> Fit:       # the merged adapter, with the error of the cut
+    dtype=None,  # number format in the file, such as 'float16'; None: float32
+) -> Fit:  # the merged adapter, with the error of the cut
     "Merge adapter files into one: exactly, or cut to a rank with its error on record."
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    weights = list(weights) if isinstance(weights, (list, tuple)) else [weights]*len(paths)
+    weights = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(paths)
     out, states = _check_out(out, paths), [read_adapter(p).state for p in paths]
-    try: mixed = blend(states, weights)
-    except ValueError as e: raise ValueError(f"merge of {', '.join(map(str, paths))}: {e}") from None
-    widest = max(len(s['A']) for s in mixed.values())
+    try:
+        mixed = blend(states, weights)
+    except ValueError as e:
+        raise ValueError(f"merge of {', '.join(map(str, paths))}: {e}") from None
+    widest = max(len(s["A"]) for s in mixed.values())
     fit = compress(mixed, widest if rank is None else rank)
-    save_adapter(fit.state, out, manifest=dict(
-        made_by='stylelora merge', sources=[source_of(p, weight=w) for p, w in zip(paths, weights)],
-        rank=rank, error=fit.error), dtype=dtype)
+    save_adapter(
+        fit.state,
+        out,
+        manifest=dict(
+            made_by="stylelora merge",
+            sources=[source_of(p, weight=w) for p, w in zip(paths, weights)],
+            rank=rank,
+            error=fit.error,
+        ),
+        dtype=dtype,
+    )
     return fit
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #665f963e
 def resize_file(
-    path,       # file of an adapter, or its folder
-    rank,       # rank of every layer of the result, >= 1
-    out,        # file to write, ending in .safetensors, or a folder
-    dtype=None, # number format in the file, such as 'float16'; None: float32
-) -> Fit:       # the resized adapter, with its error
+    path,  # file of an adapter, or its folder
+    rank,  # rank of every layer of the result, >= 1
+    out,  # file to write, ending in .safetensors, or a folder
+    dtype=None,  # number format in the file, such as 'float16'; None: float32
+) -> Fit:  # the resized adapter, with its error
     "Write an adapter at another rank, with the error on record."
     out, fit = _check_out(out, [path]), resize(read_adapter(path).state, rank)
-    story = dict(made_by='stylelora resize', sources=[source_of(path)], rank=rank, error=fit.error)
+    story = dict(made_by="stylelora resize", sources=[source_of(path)], rank=rank, error=fit.error)
     save_adapter(fit.state, out, manifest=story, dtype=dtype)
     return fit
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #f83dba33
-_OWN = ('format', 'lora_adapter_metadata', 'stylelora_manifest', 'sshs_model_hash', 'sshs_legacy_hash')
+_OWN = ("format", "lora_adapter_metadata", "stylelora_manifest", "sshs_model_hash", "sshs_legacy_hash")
+
 
 def convert_file(
-    path,               # file of an adapter, or its folder, in any spelling
-    out,                # file to write, or the folder for 'peft'
-    layout='diffusers', # 'diffusers', 'kohya' or 'peft'
-    dtype=None,         # number format in the file, such as 'float16'; None: that of the source
-    strict=True,        # False: leave out keys that are not understood
-    force=True,         # False: refuse to replace what is there
-) -> AdapterFile:       # what was read
+    path,  # file of an adapter, or its folder, in any spelling
+    out,  # file to write, or the folder for 'peft'
+    layout="diffusers",  # 'diffusers', 'kohya' or 'peft'
+    dtype=None,  # number format in the file, such as 'float16'; None: that of the source
+    strict=True,  # False: leave out keys that are not understood
+    force=True,  # False: refuse to replace what is there
+) -> AdapterFile:  # what was read
     "Write an adapter in another layout."
     out = _check_out(out, [path], layout, force)
     got = read_adapter(path, strict=strict)
     texts = {k: v for k, v in got.metadata.items() if k not in _OWN}
-    manifest = got.manifest or dict(made_by='stylelora convert', sources=[source_of(path)] if strict else [])
+    manifest = got.manifest or dict(made_by="stylelora convert", sources=[source_of(path)] if strict else [])
     save_adapter(got.state, out, layout, manifest, dtype or got.dtype, texts)
     return got
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #75492bef
 def inspect_file(
-    path,          # file of an adapter, or its folder
-):                 # table of `inspect_state`, a row per layer; about the file: attrs['header']
+    path,  # file of an adapter, or its folder
+):  # table of `inspect_state`, a row per layer; about the file: attrs['header']
     "Find out what is in an adapter file."
     files, got, kinds = files_of(path), read_adapter(path, strict=False), Counter()
     for file in files:
-        with safe_open(file, 'pt') as f: kinds.update(f.get_slice(k).get_dtype() for k in f.keys())
-    names = dict(diffusers='diffusers with PEFT layers', peft='PEFT', old='an older layout of diffusers')
-    return inspect_state(got.state, dict(
-        file=files[0].name if len(files) == 1 else Path(path).name,
-        bytes=sum(f.stat().st_size for f in files), sha256=hash_files(files),
-        dtypes=dict(kinds), layout=names.get(got.layout, got.layout),
-        metadata=got.metadata, manifest=got.manifest, unread=got.unread,
-        parameters=sum(s[w].numel() for s in got.state.values() for w in 'AB')))
+        with safe_open(file, "pt") as f:
+            kinds.update(f.get_slice(k).get_dtype() for k in f.keys())
+    names = dict(diffusers="diffusers with PEFT layers", peft="PEFT", old="an older layout of diffusers")
+    return inspect_state(
+        got.state,
+        dict(
+            file=files[0].name if len(files) == 1 else Path(path).name,
+            bytes=sum(f.stat().st_size for f in files),
+            sha256=hash_files(files),
+            dtypes=dict(kinds),
+            layout=names.get(got.layout, got.layout),
+            metadata=got.metadata,
+            manifest=got.manifest,
+            unread=got.unread,
+            parameters=sum(s[w].numel() for s in got.state.values() for w in "AB"),
+        ),
+    )
 
 # %% ../../nbs/02_adapters/04_merge.ipynb #16d9621c
 def describe_file(
-    path, # file of an adapter, or its folder
-) -> str: # a page of text
+    path,  # file of an adapter, or its folder
+) -> str:  # a page of text
     "Describe an adapter file for the terminal."
     table = inspect_file(path)
-    h, blocks = table.attrs['header'], block_shares(table)
-    def each(column): return ', '.join(f'{v:g} ({n})' for v, n in sorted(Counter(table[column]).items()))
-    kinds = ', '.join(f'{n} {k}' for k, n in Counter(table.kind).items())
-    lines = [f"{h['file']}: {h['layout']}, {', '.join(h['dtypes'])}, {human_bytes(h['bytes'])}",
-             f"sha256      {h['sha256']}",
-             f"layers      {len(table)} ({kinds}), {h['parameters']:,} parameters",
-             f"rank        {each('rank')}; effective {table.effective_rank.mean():.1f} on average",
-             f"alpha       {each('alpha')}", f"metadata    {', '.join(sorted(h['metadata'])) or 'none'}",
-             *(f'not read    {k}' for k in h['unread']),
-             f"manifest    {json.dumps(h['manifest'], ensure_ascii=False, sort_keys=True)}", '',
-             f"{'block':10} {'layers':>6} {'|dW|':>9} {'energy':>7}"]
-    lines += [f'{r.Index:10} {r.layers:6.0f} {r.norm:9.4g} {r.share:7.1%}' for r in blocks.itertuples()]
-    return '\n'.join(lines)
+    h, blocks = table.attrs["header"], block_shares(table)
+
+    def each(column):
+        return ", ".join(f"{v:g} ({n})" for v, n in sorted(Counter(table[column]).items()))
+
+    kinds = ", ".join(f"{n} {k}" for k, n in Counter(table.kind).items())
+    lines = [
+        f"{h['file']}: {h['layout']}, {', '.join(h['dtypes'])}, {human_bytes(h['bytes'])}",
+        f"sha256      {h['sha256']}",
+        f"layers      {len(table)} ({kinds}), {h['parameters']:,} parameters",
+        f"rank        {each('rank')}; effective {table.effective_rank.mean():.1f} on average",
+        f"alpha       {each('alpha')}",
+        f"metadata    {', '.join(sorted(h['metadata'])) or 'none'}",
+        *(f"not read    {k}" for k in h["unread"]),
+        f"manifest    {json.dumps(h['manifest'], ensure_ascii=False, sort_keys=True)}",
+        "",
+        f"{'block':10} {'layers':>6} {'|dW|':>9} {'energy':>7}",
+    ]
+    lines += [f"{r.Index:10} {r.layers:6.0f} {r.norm:9.4g} {r.share:7.1%}" for r in blocks.itertuples()]
+    return "\n".join(lines)

@@ -24,49 +24,58 @@ adapter+                  files of adapters, or their folders
 --force                   replace what is there
 --out ='merged.safetensors'  file to write, or a folder for --into"""
 
+
 def numbers(
-    text, # such as '0.5,1'
-) -> list: # of numbers
+    text,  # such as '0.5,1'
+) -> list:  # of numbers
     "Read numbers with commas between."
-    try: return [float(w) for w in text.split(',')]
-    except ValueError: raise ValueError(f'weights={text!r}; write numbers such as 0.5,1') from None
+    try:
+        return [float(w) for w in text.split(",")]
+    except ValueError:
+        raise ValueError(f"weights={text!r}; write numbers such as 0.5,1") from None
 
 # %% ../../nbs/11_apps/01_cli.ipynb #cc63fa63
 def run_merge(
-    a:SimpleNamespace, # options of MERGE
+    a: SimpleNamespace,  # options of MERGE
 ):
     "Merge adapter files into one, or into a model."
     from stylelora.adapters.merge import merge_files
     from stylelora.adapters.files import target_of
+
     w = numbers(a.weights)
-    if a.into: return merge_into(a.into, a.adapter, w*len(a.adapter) if len(w) == 1 else w, a)
+    if a.into:
+        return merge_into(a.into, a.adapter, w * len(a.adapter) if len(w) == 1 else w, a)
     target_of(a.out, force=a.force)
     fit = merge_files(a.adapter, w[0] if len(w) == 1 else w, a.out, a.rank or None, a.dtype)
-    print(f'{a.out}: {len(a.adapter)} adapters, {fit}')
+    print(f"{a.out}: {len(a.adapter)} adapters, {fit}")
 
 # %% ../../nbs/11_apps/01_cli.ipynb #3035b85e
 def merge_into(
-    base,     # the model: 'embedded', 'tiny', a folder, a file or a hub id
-    adapters, # files of adapters, or their folders
+    base,  # the model: 'embedded', 'tiny', a folder, a file or a hub id
+    adapters,  # files of adapters, or their folders
     weights,  # one number each
-    a,        # options of MERGE
+    a,  # options of MERGE
 ):
     "Add a weighted sum of adapters to the weights of a model, and save the model."
     from stylelora.adapters.merge import blend
     from stylelora.adapters.files import load_parts, read_adapter
     from stylelora.adapters.lora import merge
     from stylelora.models.load import load_base, save_base
+
     out = Path(a.out)
-    if out.suffix: raise ValueError(f'--out {out}: a model is a folder; give a name without {out.suffix}')
+    if out.suffix:
+        raise ValueError(f"--out {out}: a model is a folder; give a name without {out.suffix}")
     if out.exists() and any(out.iterdir()) and not a.force:
-        raise FileExistsError(f'{out} exists already; choose another name, or --force to replace it')
-    if a.rank: raise ValueError(f'--rank {a.rank}: nothing needs to be cut for a model; leave it out')
+        raise FileExistsError(f"{out} exists already; choose another name, or --force to replace it")
+    if a.rank:
+        raise ValueError(f"--rank {a.rank}: nothing needs to be cut for a model; leave it out")
     state = blend([read_adapter(f).state for f in adapters], weights)
-    model = load_base(base, 'cpu')
+    model = load_base(base, "cpu")
     count = load_parts(model, state)
-    for part in (model.unet, model.text_encoder): merge(part, keep=False)
+    for part in (model.unet, model.text_encoder):
+        merge(part, keep=False)
     save_base(model, out, a.dtype)
-    print(f'{out}: {base} with {len(adapters)} adapters in {count} layers')
+    print(f"{out}: {base} with {len(adapters)} adapters in {count} layers")
 
 # %% ../../nbs/11_apps/01_cli.ipynb #35e92f42
 RESIZE = """
@@ -76,14 +85,16 @@ adapter                   file of an adapter, or its folder
 --force                   replace what is there
 --out ='resized.safetensors'  file to write"""
 
+
 def run_resize(
-    a:SimpleNamespace, # options of RESIZE
+    a: SimpleNamespace,  # options of RESIZE
 ):
     "Write an adapter at another rank."
     from stylelora.adapters.merge import resize_file
     from stylelora.adapters.files import target_of
+
     target_of(a.out, force=a.force)
-    print(f'{a.out}: rank {a.rank}, {resize_file(a.adapter, a.rank, a.out, a.dtype)}')
+    print(f"{a.out}: rank {a.rank}, {resize_file(a.adapter, a.rank, a.out, a.dtype)}")
 
 # %% ../../nbs/11_apps/01_cli.ipynb #d45e287b
 CONVERT = """
@@ -94,16 +105,19 @@ out                       file to write, or a folder for peft
 --skip-unknown            leave out keys that are not understood, and name them
 --force                   replace what is there"""
 
+
 def run_convert(
-    a:SimpleNamespace, # options of CONVERT
+    a: SimpleNamespace,  # options of CONVERT
 ):
     "Write an adapter in another layout."
     from stylelora.adapters.merge import convert_file
     from stylelora.adapters.keys import split_parts
+
     got = convert_file(a.adapter, a.out, a.to, a.dtype or None, not a.skip_unknown, a.force)
-    parts = ', '.join(f'{len(s)} in {p}' for p, s in split_parts(got.state).items())
-    print(f'{a.out}: {len(got.state)} layers ({parts}), from {got.layout} to {a.to}')
-    for k in got.unread: print(f'left out: {k}')
+    parts = ", ".join(f"{len(s)} in {p}" for p, s in split_parts(got.state).items())
+    print(f"{a.out}: {len(got.state)} layers ({parts}), from {got.layout} to {a.to}")
+    for k in got.unread:
+        print(f"left out: {k}")
 
 # %% ../../nbs/11_apps/01_cli.ipynb #26e16fb3
 EXTRACT = """
@@ -111,42 +125,59 @@ base                      the model before: embedded, a diffusers folder, a .saf
 tuned                     the model after, of the same kind
 out                       file to write, or a folder for peft
 --rank =8                 largest rank of a layer
---targets ='attention_ff'  layers to compare: cross_attention, attention, attention_ff, conv or a pattern
+--target_modules ='attention_ff'  layers to compare: cross_attention, attention, attention_ff, conv or a pattern
 --to ='diffusers'         diffusers, kohya or peft
 --dtype ='float32'        number format in the file
 --force                   replace what is there"""
 
 # %% ../../nbs/11_apps/01_cli.ipynb #8b9d322a
 def run_extract(
-    a:SimpleNamespace, # options of EXTRACT
+    a: SimpleNamespace,  # options of EXTRACT
 ):
     "Make an adapter of the difference of two models."
     from stylelora.adapters.merge import extract
     from stylelora.adapters.files import save_adapter, target_of
     from stylelora.models.load import load_base
+
     target_of(a.out, a.to, a.force)
-    before, after = (load_base(b, 'cpu') for b in (a.base, a.tuned))
-    fit = extract(before.unet, after.unet, a.targets, a.rank)
-    rows = fit.table[fit.table.module != 'elsewhere']
-    kept = 1 - (rows.error**2).sum()/(rows.norm**2).sum()
-    save_adapter(fit.state, a.out, a.to, dict(made_by='stylelora extract', base_hash=before.hash,
-                 tuned_hash=after.hash, rank=a.rank, kept=kept, error=fit.error), a.dtype)
-    print(f'{a.out}: {len(fit.state)} layers of rank {a.rank} keep {kept:.2%} of the energy of their change; '
-          f'error {fit.error:.2%} of all that changed in the U-Net')
+    before, after = (load_base(b, "cpu") for b in (a.base, a.tuned))
+    fit = extract(before.unet, after.unet, a.target_modules, a.rank)
+    rows = fit.table[fit.table.module != "elsewhere"]
+    kept = 1 - (rows.error**2).sum() / (rows.norm**2).sum()
+    save_adapter(
+        fit.state,
+        a.out,
+        a.to,
+        dict(
+            made_by="stylelora extract",
+            base_hash=before.hash,
+            tuned_hash=after.hash,
+            rank=a.rank,
+            kept=kept,
+            error=fit.error,
+        ),
+        a.dtype,
+    )
+    print(
+        f"{a.out}: {len(fit.state)} layers of rank {a.rank} keep {kept:.2%} of the energy of their change; "
+        f"error {fit.error:.2%} of all that changed in the U-Net"
+    )
     texts = [b.text_encoder.state_dict() for b in (before, after)]
     if any(k not in texts[1] or not w.equal(texts[1][k]) for k, w in texts[0].items()):
-        print('the text encoders differ too, which is not in the adapter')
+        print("the text encoders differ too, which is not in the adapter")
 
 # %% ../../nbs/11_apps/01_cli.ipynb #a9201e6b
 INSPECT = """
 adapter+      files of adapters, or their folders, in any layout"""
 
+
 def run_inspect(
-    a:SimpleNamespace, # options of INSPECT
+    a: SimpleNamespace,  # options of INSPECT
 ):
     "Say what is in adapter files."
     from stylelora.adapters.merge import describe_file
-    print('\n\n'.join(describe_file(f) for f in a.adapter))
+
+    print("\n\n".join(describe_file(f) for f in a.adapter))
 
 # %% ../../nbs/11_apps/01_cli.ipynb #ce750d7d
 FILE_TEXTS = dict(
@@ -165,89 +196,117 @@ not understood is named and stops the command; LoHa, LoKr and DoRA are refused."
     extract="""make an adapter of the difference of two models
 
 Each layer is cut to the rank with the smallest possible error, and what is kept and lost is printed. The
-U-Net only; layers outside of --targets count as lost.""",
+U-Net only; layers outside of --target_modules count as lost.""",
     inspect="""say what is in an adapter file
 
 Format, layers, ranks, the size of the update per block of the U-Net, and what the file says about its
-making. Nothing is changed.""")
+making. Nothing is changed.""",
+)
 
-COMMANDS = dict(merge=(run_merge, MERGE), resize=(run_resize, RESIZE), convert=(run_convert, CONVERT),
-                extract=(run_extract, EXTRACT), inspect=(run_inspect, INSPECT))
+COMMANDS = dict(
+    merge=(run_merge, MERGE),
+    resize=(run_resize, RESIZE),
+    convert=(run_convert, CONVERT),
+    extract=(run_extract, EXTRACT),
+    inspect=(run_inspect, INSPECT),
+)
 
 # %% ../../nbs/11_apps/01_cli.ipynb #6e6be82a
 class Parser(argparse.ArgumentParser):
     "Parse arguments; a mistake is one line."
+
     def error(self, message):
         "Say what is wrong and where to read more, and end with code 2."
-        print(f'{self.prog}: {message} (see {self.prog} --help)', file=sys.stderr)
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
 # %% ../../nbs/11_apps/01_cli.ipynb #e1191015
 def add_options(
-    parser, # of a command
+    parser,  # of a command
     table,  # a line per option: 'name default-or-word  help'
 ):
     "Add the options of a table to a parser."
-    for line in table.strip().split('\n'):
-        spec, text = re.split(r'\s{2,}', line.strip(), maxsplit=1)
-        name, _, rest = spec.partition(' ')
-        how = dict(help=text.replace('%', '%%'))
-        if rest.startswith('='):
+    for line in table.strip().split("\n"):
+        spec, text = re.split(r"\s{2,}", line.strip(), maxsplit=1)
+        name, _, rest = spec.partition(" ")
+        how = dict(help=text.replace("%", "%%"))
+        if rest.startswith("="):
             value = ast.literal_eval(rest[1:])
             how |= dict(default=value, type=type(value))
-            if value != '': how['help'] += f' (default: {value})'
-        elif rest.endswith('...'): how |= dict(metavar=rest[:-3], action='append', default=[])
-        elif rest: how |= dict(metavar=rest, type=float if rest == 'NUMBER' else str)
-        elif name.startswith('--'): how |= dict(action='store_true')
-        elif name.endswith('+'): how |= dict(nargs='+')
-        parser.add_argument(name.rstrip('+'), **how)
+            if value != "":
+                how["help"] += f" (default: {value})"
+        elif rest.endswith("..."):
+            how |= dict(metavar=rest[:-3], action="append", default=[])
+        elif rest:
+            how |= dict(metavar=rest, type=float if rest == "NUMBER" else str)
+        elif name.startswith("--"):
+            how |= dict(action="store_true")
+        elif name.endswith("+"):
+            how |= dict(nargs="+")
+        parser.add_argument(name.rstrip("+"), **how)
 
 # %% ../../nbs/11_apps/01_cli.ipynb #0b104573
 MODEL = """
 --base ='embedded'  the model: embedded, tiny (random), a diffusers folder, a .safetensors file or a hub id
 --vae BASE          another autoencoder for it: a diffusers folder, a .safetensors file or a hub id
 --device ='auto'    auto, cpu, cuda or mps"""
-SAMPLE = """
+SAMPLE = (
+    """
 prompt+            what to draw; several prompts make several rows
 --lora FILE        adapter to use: a file or folder of any layout
---scale =1.        strength of the adapter
+--lora_scale =1.        strength of the adapter
 --seed =0          first seed
 --n =4             pictures per prompt, one seed each
 --sampler ='ddim'  ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc …
---steps =50        steps of the sampler
---spacing WORD     which noise levels: leading, trailing, linspace, dpm, karras or exponential
+--num_inference_steps =50        steps of the sampler
+--timestep_spacing WORD     which noise levels: leading, trailing, linspace, dpm, karras or exponential
 --eta NUMBER       fresh noise, from 0 (none) to 1, of ddim, euler_ancestral and the SDE samplers
---cfg =7.5         guidance scale, 1 for none
---rescale =0.      how much of the contrast that guidance adds is taken back: 0 nothing, 1 all
---negative =''     prompt to be guided away from, at a guidance scale above 1
+--guidance_scale =7.5         guidance scale, 1 for none
+--guidance_rescale =0.      how much of the contrast that guidance adds is taken back: 0 nothing, 1 all
+--negative_prompt =''     prompt to be guided away from, at a guidance scale above 1
 --precision ='float32'  arithmetic of the network: float32, bfloat16, float16, or auto for the machine's best
 --size SIZE        pixels of a side, or width and height such as 768x512; the size of the base if left out
 --image FILE       start from this picture instead of noise
 --strength =.7     share of the steps to walk from it: little keeps the picture, 1 forgets it
 --batch =16        pictures drawn at a time
 --zoom =1          enlarge every pixel so many times
---out ='grid.png'  where the picture goes; one that is there is replaced""" + MODEL
+--out ='grid.png'  where the picture goes; one that is there is replaced"""
+    + MODEL
+)
 
 # %% ../../nbs/11_apps/01_cli.ipynb #309fa842
 def settings_of(
-    a, # parsed options of `sample`
-):     # Settings
+    a,  # parsed options of `sample`
+):  # Settings
     "Collect the settings of a drawing, and check them."
     from stylelora.sample.generate import Settings, kept_steps
     from stylelora.sample.generate import kind_of
+
     if min(a.n, a.zoom, a.batch) < 1:
-        raise ValueError(f'--n {a.n} --zoom {a.zoom} --batch {a.batch}: use whole numbers above zero')
-    for k, v in dict(eta=a.eta, rescale=a.rescale).items():
-        if not 0 <= (v or 0) <= 1: raise ValueError(f'{k}={v!r}; use a share from 0 to 1')
-    how = Settings(a.sampler, a.steps, a.cfg, a.negative, a.rescale, a.spacing, a.eta, a.strength,
-                   a.precision, a.size)
-    if a.image: kept_steps(how.steps, how.strength)
+        raise ValueError(f"--n {a.n} --zoom {a.zoom} --batch {a.batch}: use whole numbers above zero")
+    for k, v in dict(eta=a.eta, guidance_rescale=a.guidance_rescale).items():
+        if not 0 <= (v or 0) <= 1:
+            raise ValueError(f"{k}={v!r}; use a share from 0 to 1")
+    how = Settings(
+        a.sampler,
+        a.num_inference_steps,
+        a.guidance_scale,
+        a.negative_prompt,
+        a.guidance_rescale,
+        a.timestep_spacing,
+        a.eta,
+        a.strength,
+        a.mixed_precision,
+        a.size,
+    )
+    if a.image:
+        kept_steps(how.num_inference_steps, how.strength)
     kind_of(a.out)
     return how
 
 # %% ../../nbs/11_apps/01_cli.ipynb #f4db5882
 def run_sample(
-    a, # parsed options
+    a,  # parsed options
 ):
     "Draw prompts × seeds and write them as one picture."
     from stylelora.adapters.merge import files_of
@@ -256,20 +315,24 @@ def run_sample(
     from stylelora.sample.generate import generate, picture_size
     from stylelora.models.load import load_base
     from stylelora.sample.generate import start_picture, write_grid
+
     how, image = settings_of(a), start_picture(a.image) if a.image else None
-    if a.lora: files_of(a.lora)                              # is it there at all?
+    if a.lora:
+        files_of(a.lora)  # is it there at all?
     base = load_base(a.base, a.device, vae=a.vae)
-    if a.lora: load_adapter(base, a.lora, a.scale)
+    if a.lora:
+        load_adapter(base, a.lora, a.lora_scale)
     size = picture_size(base, how.size)
-    start = square(image, size).copy() if image else None        # of its own memory, as torch wants it
+    start = square(image, size).copy() if image else None  # of its own memory, as torch wants it
     seeds = range(a.seed, a.seed + a.n)
     made = generate(base, a.prompt, seeds, batch=a.batch, images=start, **vars(how))
     write_grid(made.images, a.n, a.out, a.zoom)
     cost, calls = made.table.seconds.mean(), made.table.nfe.iloc[0]
-    print(f'{len(made)} pictures in {a.out}: {cost:.2f} s and {calls} network evaluations each')
+    print(f"{len(made)} pictures in {a.out}: {cost:.2f} s and {calls} network evaluations each")
 
 # %% ../../nbs/11_apps/01_cli.ipynb #f76a6292
-TRAIN = """
+TRAIN = (
+    """
 folder                       folder of pictures, ten to fifty are enough
 --out ='adapter.safetensors'  where the adapter goes
 --check                      only report what is wrong with pictures and captions
@@ -279,61 +342,79 @@ folder                       folder of pictures, ten to fifty are enough
 --val =0                     pictures to hold out for a validation loss
 --force                      replace what is there
 --work FOLDER                where checkpoints go and stay; if left out, beside the adapter until it is done
---steps =400                 optimizer steps
+--train_steps =400                 optimizer steps
 --rank =8                    rank of the adapter
 --lr =1e-3                   learning rate, annealed by a cosine
 --batch =8                   pictures per step
 --seed =0                    decides weights, order, noise and timesteps
---targets ='attention'       what is adapted: cross_attention, attention, attention_ff, conv or a pattern
+--target_modules ='attention'       what is adapted: cross_attention, attention, attention_ff, conv or a pattern
 --schedule ='own'            noise schedule: own (the base's), scaled_linear, linear, cosine, quadratic
---law ='uniform'             law of the timesteps: uniform, snr_weighted, high_noise, low_noise …
---weight ='mse'              weight of the loss: mse, min_snr, p2, snr …
---remap                      tell the base the timestep of equal noise in its own schedule
---set NAME=VALUE...          any other training parameter, such as warmup=20 or ema=0.99""" + MODEL
+--timestep_sampling ='uniform'             law of the timesteps: uniform, snr_weighted, high_noise, low_noise …
+--loss_weighting ='mse'              weight of the loss: mse, min_snr, p2, snr …
+--timestep_remapping                      tell the base the timestep of equal noise in its own schedule
+--set NAME=VALUE...          any other training parameter, such as warmup_steps=20 or ema=0.99"""
+    + MODEL
+)
 
 # %% ../../nbs/11_apps/01_cli.ipynb #9257c5e8
 def config_of(
-    a, # parsed options of `train`
-):     # TrainConfig
+    a,  # parsed options of `train`
+):  # TrainConfig
     "Collect the training parameters of the options, and check them."
     import yaml
     from stylelora.train.step import make_config
-    if bad := [w for w in a.set if '=' not in w]: raise ValueError(f'--set {bad[0]}: write it as name=value')
-    more = {k: yaml.safe_load(v) for k, v in (w.split('=', 1) for w in a.set)}
-    usual = dict(steps=a.steps, rank=a.rank, lr=a.lr, batch_size=a.batch, seed=a.seed, targets=a.targets)
+
+    if bad := [w for w in a.set if "=" not in w]:
+        raise ValueError(f"--set {bad[0]}: write it as name=value")
+    more = {k: yaml.safe_load(v) for k, v in (w.split("=", 1) for w in a.set)}
+    usual = dict(
+        train_steps=a.train_steps,
+        rank=a.rank,
+        lr=a.lr,
+        batch_size=a.batch,
+        seed=a.seed,
+        target_modules=a.target_modules,
+    )
     return make_config(**usual | more)
 
+
 def load_pictures(
-    a,    # parsed options of `train`
-    base, # the model, which decides size and tokens
-):        # Pictures
+    a,  # parsed options of `train`
+    base,  # the model, which decides size and tokens
+):  # Pictures
     "Read the folder, and print what `check_folder` has found."
     from stylelora.data.folder import check_folder, load_images
+
     for r in check_folder(a.folder, base.size, a.template, a.style, base).itertuples():
-        print(f'{r.level}: {r.file}: {r.problem}' + (f'; {r.fix}' if r.fix else ''))
+        print(f"{r.level}: {r.file}: {r.problem}" + (f"; {r.fix}" if r.fix else ""))
     found = load_images(a.folder, base.size, a.flip, a.template, a.style, base)
-    print(f'{len(found.images)} pictures, scaled to {base.size} pixels; first caption: {found.captions[0]!r}')
+    print(f"{len(found.images)} pictures, scaled to {base.size} pixels; first caption: {found.captions[0]!r}")
     return found
 
 # %% ../../nbs/11_apps/01_cli.ipynb #47ef4807
 def places_of(
-    a, # parsed options of `train`
-):     # the file that will be written, and the folder of its checkpoints
+    a,  # parsed options of `train`
+):  # the file that will be written, and the folder of its checkpoints
     "Say where a training leaves what it makes."
     from stylelora.adapters.files import target_of
-    file = target_of(a.out, force=a.force)
-    return file, Path(a.work or file.with_suffix('.work')).expanduser()
 
-def clear(work): # folder of checkpoints
+    file = target_of(a.out, force=a.force)
+    return file, Path(a.work or file.with_suffix(".work")).expanduser()
+
+
+def clear(work):  # folder of checkpoints
     "Remove what a training has left there; anything else stays, and then the folder does too."
     from stylelora.adapters.files import FILE
     from stylelora.train.loop import CHECKPOINT
-    for name in (CHECKPOINT, FILE): (work/name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError): work.rmdir()
+
+    for name in (CHECKPOINT, FILE):
+        (work / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        work.rmdir()
 
 # %% ../../nbs/11_apps/01_cli.ipynb #99851c7e
 def run_train(
-    a, # parsed options
+    a,  # parsed options
 ):
     "Train an adapter on a folder and save it."
     from stylelora.data.folder import LatentCache, data_hash, hold_out
@@ -341,22 +422,36 @@ def run_train(
     from stylelora.models.load import load_base
     from stylelora.noise.objective import Objective
     from stylelora.train.loop import train
+
     config, (file, work) = config_of(a), places_of(a) if not a.check else (None, None)
-    base, arm = load_base(a.base, a.device, vae=a.vae), dict(law=a.law, weight=a.weight, remap=a.remap)
-    objective = Objective(base.schedule if a.schedule == 'own' else a.schedule, **arm,
-                          prediction=base.prediction_type, base_schedule=base.schedule)
+    base, recipe = (
+        load_base(a.base, a.device, vae=a.vae),
+        dict(
+            timestep_sampling=a.timestep_sampling,
+            loss_weighting=a.loss_weighting,
+            timestep_remapping=a.timestep_remapping,
+        ),
+    )
+    objective = Objective(
+        base.schedule if a.schedule == "own" else a.schedule,
+        **recipe,
+        prediction=base.prediction_type,
+        base_schedule=base.schedule,
+    )
     pictures, cache = load_pictures(a, base), LatentCache(base)
-    if a.check: return
+    if a.check:
+        return
     used, held = hold_out(len(pictures.images), a.val, a.seed)
-    work.mkdir(parents=True, exist_ok=True)                             # an error here costs nothing yet
+    work.mkdir(parents=True, exist_ok=True)  # an error here costs nothing yet
     z, c = cache.latents(pictures.images), cache.contexts(pictures.captions)
     val = (z[held], c[held]) if held else None
     done = train(base, z[used], c[used], objective, config, val, folder=work)
     data = data_hash(pictures.images, pictures.captions)
     about = dict(schedule=a.schedule, base=base.name, base_hash=base.hash, data=data)
-    save_lora(base.unet, file, vars(config) | arm | about)
-    if not a.work: clear(work)
-    print(f'{file} after {config.steps} steps, last loss {done.loss.iloc[-1]:.4f}')
+    save_lora(base.unet, file, vars(config) | recipe | about)
+    if not a.work:
+        clear(work)
+    print(f"{file} after {config.train_steps} steps, last loss {done.loss.iloc[-1]:.4f}")
 
 # %% ../../nbs/11_apps/01_cli.ipynb #9b0f4343
 STUDY = """
@@ -366,29 +461,35 @@ STUDY = """
 --force             execute also what is complete
 --no-report         do not build the site afterwards"""
 
+
 def start_study(
-    a, # parsed options
-):     # 1 if a run failed
+    a,  # parsed options
+):  # 1 if a run failed
     "Carry out a profile and build the site."
     from stylelora.study.study import run_study
     from stylelora.study.runs import run_parallel
     from stylelora.study.runs import run_batch
+
     many = partial(run_parallel, jobs=a.jobs) if a.jobs != 1 else run_batch
     done = run_study(a.profile, dry=a.dry_run, force=a.force, batch=many)
-    if (done.status == 'failed').any(): return 1
-    if not (a.dry_run or a.no_report or a.profile == 'smoke'): build()
+    if (done.status == "failed").any():
+        return 1
+    if not (a.dry_run or a.no_report or a.profile == "smoke"):
+        build()
 
 # %% ../../nbs/11_apps/01_cli.ipynb #a30dc407
 REPORT = """
 --out FOLDER        where the site goes; _site in the repository if left out
 --renderer ='auto'  quarto, smalldocs, or auto: Quarto where it is installed"""
 
+
 def build(
-    out=None, # folder of the site
-    renderer='auto', # 'auto', 'quarto' or 'smalldocs'
+    out=None,  # folder of the site
+    renderer="auto",  # 'auto', 'quarto' or 'smalldocs'
 ):
     "Build the site."
     from stylelora.report.site import build_site
+
     build_site(out, renderer)
 
 # %% ../../nbs/11_apps/01_cli.ipynb #ca89ad5d
@@ -397,9 +498,10 @@ ABOUT = """Train style LoRAs of diffusion models, sample from them, and measure 
 A first picture:  stylelora sample 'noto emoji of red apple'
 Your own style:   stylelora train my_folder --out my_style.safetensors
 The whole study:  stylelora study"""
-TEXTS = dict(study="""Run the study: train, sample, measure, and build the site.
+TEXTS = dict(
+    study="""Run the study: train, sample, measure, and build the site.
 
-A profile is a file in reports/params that names arms, seeds and notebooks. Complete runs are skipped
+A profile is a file in reports/params that names recipes, seeds and notebooks. Complete runs are skipped
 and interrupted ones resumed, so the command can be repeated.""",
     train="""Train an adapter on a folder of pictures.
 
@@ -413,36 +515,50 @@ A row per prompt and a column per seed. Prompts of the embedded model have the f
     report="""Build the website from results and notebooks.
 
 Nothing is executed: pages are filled from the tables in reports/results, notebooks are shown with their
-stored outputs. A value that is missing or a broken link is an error, and the old site stays.""")
+stored outputs. A value that is missing or a broken link is an error, and the old site stays.""",
+)
 
 # %% ../../nbs/11_apps/01_cli.ipynb #cb626c21
-def make_parser() -> Parser: # of the whole command
+def make_parser() -> Parser:  # of the whole command
     "Describe the command."
     shape = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100)
-    parser = Parser(prog='stylelora', description=ABOUT, formatter_class=shape)
-    commands = parser.add_subparsers(title='commands', required=True, parser_class=Parser)
-    runs = dict(study=(start_study, STUDY), train=(run_train, TRAIN), sample=(run_sample, SAMPLE),
-                report=(lambda a: build(a.out, a.renderer), REPORT)) | COMMANDS
+    parser = Parser(prog="stylelora", description=ABOUT, formatter_class=shape)
+    commands = parser.add_subparsers(title="commands", required=True, parser_class=Parser)
+    runs = (
+        dict(
+            study=(start_study, STUDY),
+            train=(run_train, TRAIN),
+            sample=(run_sample, SAMPLE),
+            report=(lambda a: build(a.out, a.renderer), REPORT),
+        )
+        | COMMANDS
+    )
     for name, (run, table) in runs.items():
         text = (TEXTS | FILE_TEXTS)[name]
-        p = commands.add_parser(name, help=text.split('\n')[0], description=text, formatter_class=shape)
+        p = commands.add_parser(name, help=text.split("\n")[0], description=text, formatter_class=shape)
         add_options(p, table)
         p.set_defaults(run=run)
     return parser
 
 # %% ../../nbs/11_apps/01_cli.ipynb #7baf67f0
-EXPECTED = (ValueError, OSError, ImportError, RuntimeError) # their texts say what to do
+EXPECTED = (ValueError, OSError, ImportError, RuntimeError)  # their texts say what to do
+
 
 def main(
-    argv=None, # list of words; None: those of the command line
-) -> int:      # exit code: 0 done, 1 a run failed, 2 a mistake, 130 stopped
+    argv=None,  # list of words; None: those of the command line
+) -> int:  # exit code: 0 done, 1 a run failed, 2 a mistake, 130 stopped
     "Run the command."
     a = make_parser().parse_args(argv)
-    stopped = 'stopped; the same command goes on from here' if a.run is start_study else 'stopped'
-    try: return a.run(a) or 0
-    except KeyboardInterrupt as e: said, code = str(e) or stopped, 130
-    except EXPECTED as e: said, code = ' '.join(str(e).split()), 2
-    print(f'stylelora: {said}', file=sys.stderr)
+    stopped = "stopped; the same command goes on from here" if a.run is start_study else "stopped"
+    try:
+        return a.run(a) or 0
+    except KeyboardInterrupt as e:
+        said, code = str(e) or stopped, 130
+    except EXPECTED as e:
+        said, code = " ".join(str(e).split()), 2
+    print(f"stylelora: {said}", file=sys.stderr)
     return code
 
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
+
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

@@ -31,242 +31,301 @@ from ..train.step import make_config
 @dataclass(frozen=True)
 class DemoSettings:
     "Say which picture is wanted; checked when made."
-    prompt:str           # what to draw
-    negative:str = ''    # prompt to be guided away from
-    seed:int = 0         # whole number that starts the noise
-    sampler:str = 'ddim' # a name out of SAMPLERS
-    steps:int = 20       # number of steps
-    cfg_scale:float = 4. # guidance scale; 1 is none
-    adapters:tuple = ()  # files of up to two adapters
-    scale:float = 1.     # strength of the adapters together
-    blend:float = 0.     # share of the second adapter, in [0,1]
-    image:np.ndarray = field(default=None, repr=False, compare=False) # to start from, bytes (size,size,3)
-    image_name:str = ''  # the file that it came from
-    strength:float = .6  # share of the steps to walk from it, in (0,1]
-    def __post_init__(self): check_settings(self)
+
+    prompt: str  # what to draw
+    negative_prompt: str = ""  # prompt to be guided away from
+    seed: int = 0  # whole number that starts the noise
+    sampler: str = "ddim"  # a name out of SAMPLERS
+    num_inference_steps: int = 20  # number of steps
+    guidance_scale: float = 4.0  # guidance scale; 1 is none
+    adapters: tuple = ()  # files of up to two adapters
+    scale: float = 1.0  # strength of the adapters together
+    blend: float = 0.0  # share of the second adapter, in [0,1]
+    image: np.ndarray = field(default=None, repr=False, compare=False)  # to start from, bytes (size,size,3)
+    image_name: str = ""  # the file that it came from
+    strength: float = 0.6  # share of the steps to walk from it, in (0,1]
+
+    def __post_init__(self):
+        check_settings(self)
 
     @property
     def weights(self):
         "Share the scale among the adapters, a number each."
-        if len(self.adapters) < 2: return [self.scale]*len(self.adapters)
-        return [round(self.scale*share, 6) for share in (1 - self.blend, self.blend)]
+        if len(self.adapters) < 2:
+            return [self.scale] * len(self.adapters)
+        return [round(self.scale * share, 6) for share in (1 - self.blend, self.blend)]
 
 # %% ../../nbs/11_apps/02_demo.ipynb #664ca6b2
 def check_settings(
-    s, # DemoSettings
+    s,  # DemoSettings
 ):
     "Refuse settings that cannot be drawn, and say what is right."
-    if not s.prompt.strip(): raise ValueError(
-        "the prompt is empty; write what to draw, such as 'noto emoji of taxi'")
-    for name, low, high in (('seed', 0, 2**63 - 1), ('steps', 1, 1000)):
+    if not s.prompt.strip():
+        raise ValueError("the prompt is empty; write what to draw, such as 'noto emoji of taxi'")
+    for name, low, high in (("seed", 0, 2**63 - 1), ("num_inference_steps", 1, 1000)):
         if not (isinstance(v := getattr(s, name), Integral) and low <= v <= high):
-            raise ValueError(f'{name}={v!r}; use a whole number from {low} to {high}')
-    for name, low, high in (('cfg_scale', 0, 100), ('scale', -10, 10), ('blend', 0, 1)):
+            raise ValueError(f"{name}={v!r}; use a whole number from {low} to {high}")
+    for name, low, high in (("guidance_scale", 0, 100), ("scale", -10, 10), ("blend", 0, 1)):
         if not low <= (v := getattr(s, name)) <= high:
-            raise ValueError(f'{name}={v!r}; use a number from {low} to {high}')
-    if len(s.adapters) > 2: raise ValueError(f'{len(s.adapters)} adapters; choose two at most')
+            raise ValueError(f"{name}={v!r}; use a number from {low} to {high}")
+    if len(s.adapters) > 2:
+        raise ValueError(f"{len(s.adapters)} adapters; choose two at most")
     if len(set(s.adapters)) < len(s.adapters):
-        raise ValueError(f'adapter {s.adapters[0]} is chosen twice; choose another one beside it, or none')
-    Settings(s.sampler, s.steps, s.cfg_scale, s.negative.strip())
-    if s.image is not None: kept_steps(s.steps, s.strength)
+        raise ValueError(f"adapter {s.adapters[0]} is chosen twice; choose another one beside it, or none")
+    Settings(s.sampler, s.num_inference_steps, s.guidance_scale, s.negative_prompt.strip())
+    if s.image is not None:
+        kept_steps(s.num_inference_steps, s.strength)
 
 # %% ../../nbs/11_apps/02_demo.ipynb #24c2fda4
 def describe(
-    s:DemoSettings, # how it was drawn
-    labels=(),      # mapping from file to label
-) -> str:           # one line
+    s: DemoSettings,  # how it was drawn
+    labels=(),  # mapping from file to label
+) -> str:  # one line
     "Say how a picture was drawn."
     names = [dict(labels).get(str(f), Path(f).stem) for f in s.adapters]
-    style = [f'{n} × {w:g}' for n, w in zip(names, s.weights)] or ['no adapter']
+    style = [f"{n} × {w:g}" for n, w in zip(names, s.weights)] or ["no adapter"]
     parts = [s.prompt.strip(), *style]
-    if s.negative.strip(): parts += [f'not {s.negative.strip()}']
-    if s.image is not None: parts += [f'from {Path(s.image_name).name}, strength {s.strength:g}']
-    return ' · '.join([*parts, f'{s.sampler}, {s.steps} steps, guidance {s.cfg_scale:g}, seed {s.seed}'])
+    if s.negative_prompt.strip():
+        parts += [f"not {s.negative_prompt.strip()}"]
+    if s.image is not None:
+        parts += [f"from {Path(s.image_name).name}, strength {s.strength:g}"]
+    return " · ".join(
+        [*parts, f"{s.sampler}, {s.num_inference_steps} steps, guidance {s.guidance_scale:g}, seed {s.seed}"]
+    )
 
 # %% ../../nbs/11_apps/02_demo.ipynb #c8141256
 @dataclass(frozen=True)
 class Found:
     "Name an adapter that can be chosen."
-    path:Path      # its file
-    label:str      # what it is called in a list
-    vendor:str     # whose style it has learned; '' if nothing says so
-    base_hash:str  # fingerprint of the base that it was trained on; '' if nothing says so
+
+    path: Path  # its file
+    label: str  # what it is called in a list
+    style: str  # whose style it has learned; '' if nothing says so
+    base_hash: str  # fingerprint of the base that it was trained on; '' if nothing says so
+
 
 def look_at(
-    file, # any .safetensors file
-):        # Found, or None if it is no adapter
+    file,  # any .safetensors file
+):  # Found, or None if it is no adapter
     "Read the header of a file, and what a run of the study wrote beside it."
-    file, beside = Path(file), Path(file).parent/'manifest.json'
+    file, beside = Path(file), Path(file).parent / "manifest.json"
     try:
-        with safe_open(file, 'pt') as f: keys, texts = list(f.keys()), f.metadata() or {}
-        about = json.loads(texts.get('stylelora_manifest', '{}'))
+        with safe_open(file, "pt") as f:
+            keys, texts = list(f.keys()), f.metadata() or {}
+        about = json.loads(texts.get("stylelora_manifest", "{}"))
         about |= read_json(beside) if beside.is_file() else {}
-    except (SafetensorError, OSError, ValueError, TypeError): return None
-    if not any(k.endswith('.lora_A.weight') for k in keys): return None
-    words = [str(about[k]) for k in ('arm', 'vendor', 'label') if about.get(k)]
-    label = ', '.join(words) or (file.parent.name if file.name == FILE else file.stem)
-    return Found(file, label, about.get('vendor', ''), about.get('base_hash', ''))
+    except (SafetensorError, OSError, ValueError, TypeError):
+        return None
+    if not any(k.endswith(".lora_A.weight") for k in keys):
+        return None
+    words = [str(about[k]) for k in ("recipe", "style", "label") if about.get(k)]
+    label = ", ".join(words) or (file.parent.name if file.name == FILE else file.stem)
+    return Found(file, label, about.get("style", ""), about.get("base_hash", ""))
 
 # %% ../../nbs/11_apps/02_demo.ipynb #4c106ebc
 def find_adapters(
     folder=None,  # where to look, with sub-folders; None: the trainings of the study and of the demo
-    base_hash='', # leave out adapters of other bases; '' takes all
-) -> list:        # of Found, sorted by label, no label twice
+    base_hash="",  # leave out adapters of other bases; '' takes all
+) -> list:  # of Found, sorted by label, no label twice
     "List the adapters that can be chosen."
-    runs = root()/'reports'/'runs'
-    places = [Path(folder).expanduser()] if folder else [runs/'_sweep', runs/'_demo']
+    runs = root() / "reports" / "runs"
+    places = [Path(folder).expanduser()] if folder else [runs / "_sweep", runs / "_demo"]
     if folder and not places[0].is_dir():
-        raise FileNotFoundError(f'{folder} is not a folder; name one that holds .safetensors files')
-    found = [a for p in places for f in sorted(p.rglob('*.safetensors')) if (a := look_at(f))]
-    found = [a for a in found if not base_hash or a.base_hash in ('', base_hash)]
+        raise FileNotFoundError(f"{folder} is not a folder; name one that holds .safetensors files")
+    found = [a for p in places for f in sorted(p.rglob("*.safetensors")) if (a := look_at(f))]
+    found = [a for a in found if not base_hash or a.base_hash in ("", base_hash)]
     count = Counter(a.label for a in found)
-    def own(a): return replace(a, label=f'{a.label} ({a.path.parent.name})') if count[a.label] > 1 else a
+
+    def own(a):
+        return replace(a, label=f"{a.label} ({a.path.parent.name})") if count[a.label] > 1 else a
+
     return sorted(map(own, found), key=lambda a: a.label)
 
 # %% ../../nbs/11_apps/02_demo.ipynb #2dda0dcf
-SPLITS = dict(pool='adapters may have learned from it', val='kept away from every adapter',
-              test='kept away from every adapter', novel='kept away from the base and every adapter')
+SPLITS = dict(
+    pool="adapters may have learned from it",
+    val="kept away from every adapter",
+    test="kept away from every adapter",
+    novel="kept away from the base and every adapter",
+)
+
 
 def read_prompt(
-    prompt, # such as '<s1> emoji of taxi, car'
-) -> tuple: # style word and thing, '' where there is none
+    prompt,  # such as '<s1> emoji of taxi, car'
+) -> tuple:  # style word and thing, '' where there is none
     "Take a prompt apart, the reverse of `make_caption`."
-    m = re.match(r'\s*(?:(\S+)\s+)?emoji of\s+([^,]+)', prompt)
-    return (m[1] or '', tidy(m[2])) if m else ('', '')
+    m = re.match(r"\s*(?:(\S+)\s+)?emoji of\s+([^,]+)", prompt)
+    return (m[1] or "", tidy(m[2])) if m else ("", "")
+
 
 def find_truth(
-    grid:Grid, prompt, # the drawings; what is asked for
-    vendor='', # whose drawing is meant where the prompt has no style word
-) -> tuple:    # drawing (h,w,3), or None; a sentence about it
+    grid: Grid,
+    prompt,  # the drawings; what is asked for
+    style="",  # whose drawing is meant where the prompt has no style word
+) -> tuple:  # drawing (h,w,3), or None; a sentence about it
     "Look up the true drawing of what a prompt asks for."
     word, thing = read_prompt(prompt)
-    vendor = next((v for v in grid.vendors if grid.style_word(v) == word), '' if word else vendor)
-    concept = next((c for c in grid.index['concepts'] if tidy(c) == thing), None)
-    if not concept: return None, 'No true drawing: the prompt names no thing of the grid.'
-    if not vendor: return None, f'No true drawing: the prompt does not say by whom the {concept} should be.'
-    title, split = grid.index['vendors'][vendor]['title'], grid.index['concepts'][concept]['split']
-    if not grid.has(concept, vendor): return None, f'No true drawing: {title} has not drawn {concept}.'
-    drawing = grid_images(grid, [concept], vendor)[0]
-    return drawing, f'The true drawing: {concept} by {title}; {SPLITS[split]}.'
+    style = next((v for v in grid.styles if grid.style_word(v) == word), "" if word else style)
+    concept = next((c for c in grid.index["concepts"] if tidy(c) == thing), None)
+    if not concept:
+        return None, "No true drawing: the prompt names no thing of the grid."
+    if not style:
+        return None, f"No true drawing: the prompt does not say by whom the {concept} should be."
+    title, split = grid.index["styles"][style]["title"], grid.index["concepts"][concept]["split"]
+    if not grid.has(concept, style):
+        return None, f"No true drawing: {title} has not drawn {concept}."
+    drawing = grid_images(grid, [concept], style)[0]
+    return drawing, f"The true drawing: {concept} by {title}; {SPLITS[split]}."
 
 # %% ../../nbs/11_apps/02_demo.ipynb #a15406c3
 def fit_image(
     source,  # picture file, or its bytes
-    size,    # side in pixels that the base works at
-    name='', # what to call it in a message; '' is the file itself
-) -> np.ndarray: # bytes (size,size,3)
+    size,  # side in pixels that the base works at
+    name="",  # what to call it in a message; '' is the file itself
+) -> np.ndarray:  # bytes (size,size,3)
     "Fit a whole picture into a square, on white."
     data = source if isinstance(source, (str, Path)) else io.BytesIO(source)
-    try: image = open_image(data)[0]
-    except ValueError: raise ValueError(f'{name or str(source)[-90:]} cannot be read as a picture; '
-                                        'use a PNG, JPEG or WebP file') from None
-    w, h = (max(1, round(size*side/max(image.size))) for side in image.size)
-    page = Image.new('RGB', (size, size), 'white')
-    page.paste(image.resize((w, h), Image.Resampling.LANCZOS), ((size - w)//2, (size - h)//2))
+    try:
+        image = open_image(data)[0]
+    except ValueError:
+        raise ValueError(
+            f"{name or str(source)[-90:]} cannot be read as a picture; use a PNG, JPEG or WebP file"
+        ) from None
+    w, h = (max(1, round(size * side / max(image.size))) for side in image.size)
+    page = Image.new("RGB", (size, size), "white")
+    page.paste(image.resize((w, h), Image.Resampling.LANCZOS), ((size - w) // 2, (size - h) // 2))
     return np.array(page)
 
 # %% ../../nbs/11_apps/02_demo.ipynb #5e1cc1c7
 @contextmanager
 def wearing(
-    base:Base,      # model without adapters
-    s:DemoSettings, # whose adapters are put in
+    base: Base,  # model without adapters
+    s: DemoSettings,  # whose adapters are put in
 ):
     "Put the adapters into the model inside a `with` block."
     shelf = Adapters(base.unet)
     try:
-        names = ['first', 'second'][:len(s.adapters)]
-        for name, file in zip(names, s.adapters): shelf.add(name, file)
+        names = ["first", "second"][: len(s.adapters)]
+        for name, file in zip(names, s.adapters):
+            shelf.add(name, file)
         shelf.set_adapters(names, s.weights)
         yield
-    finally: remove(base.unet)
+    finally:
+        remove(base.unet)
 
 # %% ../../nbs/11_apps/02_demo.ipynb #6dcbfda2
 class Stopped(Exception):
     "Say that a drawing was stopped on the way."
 
+
 @dataclass(frozen=True)
 class Drawing:
     "Hold a picture with its settings and its cost."
-    image:np.ndarray      # bytes (h,w,3)
-    settings:DemoSettings # that draw it again
-    seconds:float         # from the prompt to the bytes, previews included
-    nfe:int               # network evaluations
+
+    image: np.ndarray  # bytes (h,w,3)
+    settings: DemoSettings  # that draw it again
+    seconds: float  # from the prompt to the bytes, previews included
+    nfe: int  # network evaluations
 
 # %% ../../nbs/11_apps/02_demo.ipynb #3bd2e123
 def draw(
-    base:Base, s:DemoSettings, # model without adapters; what is wanted
-    callback=None, # function of step, number of steps, and a preview (h,w,3) or None
-    every=1,       # steps between previews; 0 for none
-) -> Drawing:      # the same for the same settings
+    base: Base,
+    s: DemoSettings,  # model without adapters; what is wanted
+    callback=None,  # function of step, number of steps, and a preview (h,w,3) or None
+    every=1,  # steps between previews; 0 for none
+) -> Drawing:  # the same for the same settings
     "Draw one picture and report on the way."
+
     def report(d):
-        due = every and (d['i'] % every == every - 1 or d['i'] + 1 == d['n'])
-        if callback: callback(d['i'] + 1, d['n'], d['preview']()[0] if due else None)
+        due = every and (d["i"] % every == every - 1 or d["i"] + 1 == d["n"])
+        if callback:
+            callback(d["i"] + 1, d["n"], d["preview"]()[0] if due else None)
+
     start = {} if s.image is None else dict(images=s.image, strength=s.strength)
     with wearing(base, s):
-        made = generate(base, s.prompt.strip(), s.seed, s.sampler, s.steps, s.cfg_scale, s.negative.strip(),
-                        progress=False, callback=report, **start)
+        made = generate(
+            base,
+            s.prompt.strip(),
+            s.seed,
+            s.sampler,
+            s.num_inference_steps,
+            s.guidance_scale,
+            s.negative_prompt.strip(),
+            progress=False,
+            callback=report,
+            **start,
+        )
     row = made.table.iloc[0]
     return Drawing(made.images[0], s, float(row.seconds), int(row.nfe))
 
 # %% ../../nbs/11_apps/02_demo.ipynb #644a49f2
 def as_code(
-    s:DemoSettings,  # what was drawn
-    base='embedded', # what `load_base` takes
-) -> str:            # lines of Python; `made.images[0]` is the picture
+    s: DemoSettings,  # what was drawn
+    base="embedded",  # what `load_base` takes
+) -> str:  # lines of Python; `made.images[0]` is the picture
     "Write the Python that draws the same picture."
-    names, more = ['first', 'second'][:len(s.adapters)], ''
-    head = ['from stylelora.sample.generate import generate', 'from stylelora.models.load import load_base']
-    body = ['', f'base = load_base({base!r})']
+    names, more = ["first", "second"][: len(s.adapters)], ""
+    head = ["from stylelora.sample.generate import generate", "from stylelora.models.load import load_base"]
+    body = ["", f"base = load_base({base!r})"]
     if names:
-        head += ['from stylelora.adapters.active import Adapters']
-        body += ['shelf = Adapters(base.unet)']
-        body += [f'shelf.add({n!r}, {str(f)!r})' for n, f in zip(names, s.adapters)]
-        body += [f'shelf.set_adapters({names}, {s.weights})']
+        head += ["from stylelora.adapters.active import Adapters"]
+        body += ["shelf = Adapters(base.unet)"]
+        body += [f"shelf.add({n!r}, {str(f)!r})" for n, f in zip(names, s.adapters)]
+        body += [f"shelf.set_adapters({names}, {s.weights})"]
     if s.image is not None:
-        head += ['from stylelora.apps.demo import fit_image']
-        body += [f'start = fit_image({s.image_name!r}, base.size)']
-        more = f', images=start, strength={s.strength}'
-    numbers = f'{s.seed}, {s.sampler!r}, {s.steps}, {s.cfg_scale}'
-    body += [f'made = generate(base, {s.prompt.strip()!r}, {numbers}, {s.negative.strip()!r}{more})']
-    return '\n'.join(head + body)
+        head += ["from stylelora.apps.demo import fit_image"]
+        body += [f"start = fit_image({s.image_name!r}, base.size)"]
+        more = f", images=start, strength={s.strength}"
+    numbers = f"{s.seed}, {s.sampler!r}, {s.num_inference_steps}, {s.guidance_scale}"
+    body += [f"made = generate(base, {s.prompt.strip()!r}, {numbers}, {s.negative_prompt.strip()!r}{more})"]
+    return "\n".join(head + body)
 
 # %% ../../nbs/11_apps/02_demo.ipynb #6e836b27
 def as_command(
-    s:DemoSettings,  # what was drawn
-    base='embedded', # what `load_base` takes
-) -> str:            # one or two lines for a shell
+    s: DemoSettings,  # what was drawn
+    base="embedded",  # what `load_base` takes
+) -> str:  # one or two lines for a shell
     "Write the command that draws the same picture."
     q, files, lines, given = shlex.quote, [str(f) for f in s.adapters], [], s.image is not None
-    options = [f'--lora={q(f)} --scale={s.scale}' for f in files]
+    options = [f"--lora={q(f)} --lora_scale={s.scale}" for f in files]
     if len(files) == 2:
-        options, weights = ['--lora=blend.safetensors'], ','.join(map(str, s.weights))
+        options, weights = ["--lora=blend.safetensors"], ",".join(map(str, s.weights))
         lines = [f"stylelora merge {' '.join(map(q, files))} --weights={weights} --out=blend.safetensors"]
-    if given: options += [f'--image={q(s.image_name)} --strength={s.strength}']
-    options += [f'--seed={s.seed} --n=1 --sampler={s.sampler} --steps={s.steps} --cfg={s.cfg_scale}']
-    if s.negative.strip(): options += [f'--negative={q(s.negative.strip())}']
-    if base != 'embedded': options += [f'--base={q(base)}']
-    note = '  # crops a picture that is not square'*given
-    return '\n'.join([*lines, f"stylelora sample {q(s.prompt.strip())} {' '.join(options)}{note}"])
+    if given:
+        options += [f"--image={q(s.image_name)} --strength={s.strength}"]
+    options += [
+        f"--seed={s.seed} --n=1 --sampler={s.sampler} --num_inference_steps={s.num_inference_steps} --guidance_scale={s.guidance_scale}"
+    ]
+    if s.negative_prompt.strip():
+        options += [f"--negative_prompt={q(s.negative_prompt.strip())}"]
+    if base != "embedded":
+        options += [f"--base={q(base)}"]
+    note = "  # crops a picture that is not square" * given
+    return "\n".join([*lines, f"stylelora sample {q(s.prompt.strip())} {' '.join(options)}{note}"])
 
 # %% ../../nbs/11_apps/02_demo.ipynb #67f3a43f
 def train_demo(
-    base:Base, grid:Grid, # model without adapters; the drawings
-    vendor,        # whose style is learned
-    folder=None,   # where the file goes; None is `reports/runs/_demo`
-    steps=80,      # optimizer steps
-    progress=True, # show a progress bar
-) -> Path:         # the file; it is taken as it is if it exists
+    base: Base,
+    grid: Grid,  # model without adapters; the drawings
+    style,  # whose style is learned
+    folder=None,  # where the file goes; None is `reports/runs/_demo`
+    train_steps=80,  # optimizer steps
+    progress=True,  # show a progress bar
+) -> Path:  # the file; it is taken as it is if it exists
     "Train a small adapter in seconds, or find it where it was left."
-    folder = Path(folder) if folder else root()/'reports'/'runs'/'_demo'
-    file = folder/f'{vendor}-{steps}-{base.hash[:8]}.safetensors'
-    if file.exists(): return file
-    concepts, cache = grid.concepts('pool', vendor)[:20], LatentCache(base)
-    images = [square(Image.fromarray(x), base.size) for x in grid_images(grid, concepts, vendor)]
-    captions = [make_caption(c, grid.style_word(vendor)) for c in concepts]
-    config = make_config(steps=steps, rank=4, lr=3e-3, batch_size=8, targets='attention', val_every=0)
-    about = dict(made_by='stylelora demo', vendor=vendor, label=f'{steps} steps', base_hash=base.hash)
+    folder = Path(folder) if folder else root() / "reports" / "runs" / "_demo"
+    file = folder / f"{style}-{train_steps}-{base.hash[:8]}.safetensors"
+    if file.exists():
+        return file
+    concepts, cache = grid.concepts("pool", style)[:20], LatentCache(base)
+    images = [square(Image.fromarray(x), base.size) for x in grid_images(grid, concepts, style)]
+    captions = [make_caption(c, grid.style_word(style)) for c in concepts]
+    config = make_config(
+        train_steps=train_steps, rank=4, lr=3e-3, batch_size=8, target_modules="attention", val_every=0
+    )
+    about = dict(made_by="stylelora demo", style=style, label=f"{train_steps} steps", base_hash=base.hash)
     try:
         train(base, cache.latents(images), cache.contexts(captions), config=config, progress=progress)
         return save_lora(base.unet, file, about)
-    finally: remove(base.unet)
+    finally:
+        remove(base.unet)

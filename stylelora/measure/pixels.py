@@ -13,70 +13,77 @@ import torch.nn.functional as F
 
 # %% ../../nbs/08_measure/01_pixels.ipynb #0442e8f8
 def as_images(
-    images, # uint8 (b,h,w,3), or float (b,3,h,w) in [0,1]; array or tensor
-) -> torch.Tensor: # float32 (b,3,h,w) in [0,1]
+    images,  # uint8 (b,h,w,3), or float (b,3,h,w) in [0,1]; array or tensor
+) -> torch.Tensor:  # float32 (b,3,h,w) in [0,1]
     "Bring pictures of either layout to one: channels first, floats in [0,1]."
     x = images if isinstance(images, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(images))
-    if x.dtype == torch.uint8 and x.ndim == 4 and x.shape[-1] == 3: return x.permute(0, 3, 1, 2).float()/255
+    if x.dtype == torch.uint8 and x.ndim == 4 and x.shape[-1] == 3:
+        return x.permute(0, 3, 1, 2).float() / 255
     if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
-        raise ValueError(f'images {tuple(x.shape)} {x.dtype}: want uint8 (b,h,w,3) or float (b,3,h,w)')
+        raise ValueError(f"images {tuple(x.shape)} {x.dtype}: want uint8 (b,h,w,3) or float (b,3,h,w)")
     if len(x) and not (x.min() > -1e-3 and x.max() < 1 + 1e-3):
-        raise ValueError(f'images in [{x.min():.2f}, {x.max():.2f}], want [0,1]; a decoder needs (x + 1)/2')
+        raise ValueError(f"images in [{x.min():.2f}, {x.max():.2f}], want [0,1]; a decoder needs (x + 1)/2")
     return x.float().clamp(0, 1)
 
 # %% ../../nbs/08_measure/01_pixels.ipynb #4027a64e
 def same_shape(
-    x, # pictures, any layout that `as_images` takes
-    y, # pictures that belong to them one by one
-): # both as float (b,3,h,w)
+    x,  # pictures, any layout that `as_images` takes
+    y,  # pictures that belong to them one by one
+):  # both as float (b,3,h,w)
     "Bring two batches to one layout, and check that they can be compared image by image."
     x, y = as_images(x), as_images(y)
-    if x.shape == y.shape: return x, y
-    raise ValueError(f'pictures {tuple(x.shape)} against {tuple(y.shape)}: pair them one to one')
+    if x.shape == y.shape:
+        return x, y
+    raise ValueError(f"pictures {tuple(x.shape)} against {tuple(y.shape)}: pair them one to one")
 
 # %% ../../nbs/08_measure/01_pixels.ipynb #a6f3af16
 def resized(
-    x,    # pictures (b,c,h,w)
-    size, # height and width wanted, pixels
-): # (b,c,size,size)
+    x,  # pictures (b,c,h,w)
+    size,  # height and width wanted, pixels
+):  # (b,c,size,size)
     "Resize a batch with antialiasing, or return it as it is when it has the size."
-    if tuple(x.shape[2:]) == (size, size): return x
-    return F.interpolate(x, (size, size), mode='bilinear', antialias=True, align_corners=False)
+    if tuple(x.shape[2:]) == (size, size):
+        return x
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 # %% ../../nbs/08_measure/01_pixels.ipynb #035551f3
 def psnr(
-    x, # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-    y, # the true pictures, same shape
-) -> torch.Tensor: # decibels (b,), infinite where equal
+    x,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    y,  # the true pictures, same shape
+) -> torch.Tensor:  # decibels (b,), infinite where equal
     "Measure the peak signal-to-noise ratio of each picture."
     x, y = same_shape(x, y)
-    return -10*torch.log10(((x - y)**2).mean((1, 2, 3)))
+    return -10 * torch.log10(((x - y) ** 2).mean((1, 2, 3)))
 
 # %% ../../nbs/08_measure/01_pixels.ipynb #9cbd1e3a
 def ssim(
-    x, # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3), at least 11 pixels a side
-    y, # the true pictures, same shape
-) -> torch.Tensor: # (b,) in [-1,1], 1 where equal
+    x,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3), at least 11 pixels a side
+    y,  # the true pictures, same shape
+) -> torch.Tensor:  # (b,) in [-1,1], 1 where equal
     """Measure the structural similarity of each picture.
     Wang et al. 2004, eq. 13, with an 11-pixel Gaussian window of width 1.5."""
     x, y = same_shape(x, y)
-    if min(x.shape[2:]) < 11: raise ValueError(f'pictures of {tuple(x.shape[2:])} pixels: SSIM needs 11')
-    w = torch.exp(-torch.arange(-5., 6.)**2/(2*1.5**2)); w = (w/w.sum()).to(x.device)
-    stack = torch.cat([x, y, x*x, y*y, x*y], 1)
+    if min(x.shape[2:]) < 11:
+        raise ValueError(f"pictures of {tuple(x.shape[2:])} pixels: SSIM needs 11")
+    w = torch.exp(-(torch.arange(-5.0, 6.0) ** 2) / (2 * 1.5**2))
+    w = (w / w.sum()).to(x.device)
+    stack = torch.cat([x, y, x * x, y * y, x * y], 1)
     kernel = torch.outer(w, w).expand(stack.shape[1], 1, 11, 11)
     mx, my, xx, yy, xy = F.conv2d(stack, kernel, groups=stack.shape[1]).chunk(5, 1)
-    luminance = (2*mx*my + .01**2)/(mx**2 + my**2 + .01**2)
-    contrast = (2*(xy - mx*my) + .03**2)/(xx - mx**2 + yy - my**2 + .03**2)
-    return (luminance*contrast).mean((1, 2, 3))
+    luminance = (2 * mx * my + 0.01**2) / (mx**2 + my**2 + 0.01**2)
+    contrast = (2 * (xy - mx * my) + 0.03**2) / (xx - mx**2 + yy - my**2 + 0.03**2)
+    return (luminance * contrast).mean((1, 2, 3))
 
 # %% ../../nbs/08_measure/01_pixels.ipynb #16232b81
 def timed(
     work,  # function without arguments that makes the pictures
-    n=1,   # how many pictures it makes
-    device='cpu', # device that does the work
-): # (what `work` returned, seconds per picture)
+    n=1,  # how many pictures it makes
+    device="cpu",  # device that does the work
+):  # (what `work` returned, seconds per picture)
     "Run some work and report its seconds per picture."
-    wait = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
-    wait(); start = time.perf_counter()
-    result = work(); wait()
-    return result, (time.perf_counter() - start)/n
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = work()
+    wait()
+    return result, (time.perf_counter() - start) / n

@@ -11,81 +11,91 @@ import pandas as pd
 
 # %% ../../nbs/08_measure/04_retrieval.ipynb #88d8929c
 def unit(
-    v, # vectors (…,d), array or tensor
-) -> np.ndarray: # the same directions with length 1, float64; NaN stays NaN
+    v,  # vectors (…,d), array or tensor
+) -> np.ndarray:  # the same directions with length 1, float64; NaN stays NaN
     "Scale vectors to unit length."
     v = np.asarray(v, dtype=np.float64)
-    return v/np.linalg.norm(v, axis=-1, keepdims=True)
+    return v / np.linalg.norm(v, axis=-1, keepdims=True)
+
 
 def _checked(x, rows, grid, target):
     "Return unit pictures, concept indices and the unit grid, or say what does not fit."
     x, grid, rows = unit(x), unit(grid), np.asarray(rows)
     if grid.ndim != 3 or x.ndim != 2 or x.shape[1] != grid.shape[2]:
-        raise ValueError(f'pictures {x.shape} and grid {grid.shape}: want (b,d) and (concepts,vendors,d)')
+        raise ValueError(f"pictures {x.shape} and grid {grid.shape}: want (b,d) and (concepts,styles,d)")
     if rows.shape != (len(x),) or not np.issubdtype(rows.dtype, np.integer):
-        raise ValueError(f'rows {rows.shape}: want one concept index for each of the {len(x)} pictures')
+        raise ValueError(f"rows {rows.shape}: want one concept index for each of the {len(x)} pictures")
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(grid):
-        raise ValueError(f'rows from {rows.min()} to {rows.max()}, but the grid has {len(grid)} concepts')
-    if 0 <= target < grid.shape[1]: return x, rows, grid
-    raise ValueError(f'target={target}, but the grid has {grid.shape[1]} vendors')
+        raise ValueError(f"rows from {rows.min()} to {rows.max()}, but the grid has {len(grid)} concepts")
+    if 0 <= target < grid.shape[1]:
+        return x, rows, grid
+    raise ValueError(f"target={target}, but the grid has {grid.shape[1]} styles")
 
 # %% ../../nbs/08_measure/04_retrieval.ipynb #81329de1
-TIE = 1e-9   # cosines closer than this are equal: below rounding of float32 embeddings, above that of float64
+TIE = 1e-9  # cosines closer than this are equal: below rounding of float32 embeddings, above that of float64
+
 
 def style_scores(
-    x,      # style embeddings of the pictures (b,d)
-    rows,   # index of each picture's concept in the grid (b,)
-    grid,   # style embeddings of the drawings (concepts,vendors,d); NaN rows are missing
-    target, # index of the vendor whose style is wanted
-) -> pd.DataFrame: # per picture style_margin, style_at_1, style_chance, style_vendors
+    x,  # style embeddings of the pictures (b,d)
+    rows,  # index of each picture's concept in the grid (b,)
+    grid,  # style embeddings of the drawings (concepts,styles,d); NaN rows are missing
+    target,  # index of the style whose style is wanted
+) -> pd.DataFrame:  # per picture style_margin, style_at_1, style_chance, style_styles
     "Tell whose hand each picture is nearest to, among all drawings of its own concept."
     x, rows, grid = _checked(x, rows, grid, target)
-    d = 1 - np.einsum('bd,bvd->bv', x, grid[rows])
+    d = 1 - np.einsum("bd,bvd->bv", x, grid[rows])
     own, others = d[:, target], np.delete(d, target, axis=1)
-    vendors = 1 + (~np.isnan(others)).sum(1)
-    margin = np.where(vendors > 1, np.where(np.isnan(others), np.inf, others).min(1) - own, np.nan)
+    styles = 1 + (~np.isnan(others)).sum(1)
+    margin = np.where(styles > 1, np.where(np.isnan(others), np.inf, others).min(1) - own, np.nan)
     tied = (np.abs(others - own[:, None]) <= TIE).sum(1)
-    hit = np.where(margin > TIE, 1., np.where(margin < -TIE, 0., 1/(1 + tied)))
-    return pd.DataFrame(dict(style_margin=margin, style_at_1=np.where(np.isnan(margin), np.nan, hit),
-                             style_chance=1/vendors, style_vendors=vendors))
+    hit = np.where(margin > TIE, 1.0, np.where(margin < -TIE, 0.0, 1 / (1 + tied)))
+    return pd.DataFrame(
+        dict(
+            style_margin=margin,
+            style_at_1=np.where(np.isnan(margin), np.nan, hit),
+            style_chance=1 / styles,
+            style_styles=styles,
+        )
+    )
 
 # %% ../../nbs/08_measure/04_retrieval.ipynb #c1d20ced
 def gallery_of(
-    grid,   # embeddings of the drawings (concepts,vendors,d); NaN rows are missing
-    target, # index of the vendor that is left out, or None to keep all
-    min_vendors=2, # concepts drawn by fewer others are left out
-) -> np.ndarray: # mean embedding per concept (concepts,d); NaN rows are left out
-    "Average the other vendors' drawings of every concept."
+    grid,  # embeddings of the drawings (concepts,styles,d); NaN rows are missing
+    target,  # index of the style that is left out, or None to keep all
+    min_styles=2,  # concepts drawn by fewer others are left out
+) -> np.ndarray:  # mean embedding per concept (concepts,d); NaN rows are left out
+    "Average the other styles' drawings of every concept."
     others = unit(grid) if target is None else np.delete(unit(grid), target, axis=1)
     there = ~np.isnan(others[..., 0])
     count = there.sum(1)
     total = np.where(there[..., None], others, 0).sum(1)
-    return np.where(count[:, None] >= min_vendors, total/np.maximum(count, 1)[:, None], np.nan)
+    return np.where(count[:, None] >= min_styles, total / np.maximum(count, 1)[:, None], np.nan)
 
 # %% ../../nbs/08_measure/04_retrieval.ipynb #667c97dd
 def expected_rank(
-    nearer, # how many wrong answers are strictly nearer (b,)
-    tied,   # how many wrong answers are exactly as near (b,)
-): # expected hit at rank 1, rank, and reciprocal rank, each (b,)
+    nearer,  # how many wrong answers are strictly nearer (b,)
+    tied,  # how many wrong answers are exactly as near (b,)
+):  # expected hit at rank 1, rank, and reciprocal rank, each (b,)
     "Break ties at random, in expectation."
-    harmonic = np.concatenate([[0], np.cumsum(1/np.arange(1, np.max(nearer + tied, initial=0) + 2))])
-    reciprocal = (harmonic[nearer + tied + 1] - harmonic[nearer])/(1 + tied)
-    return (nearer == 0)/(1 + tied), 1 + nearer + tied/2, reciprocal
+    harmonic = np.concatenate([[0], np.cumsum(1 / np.arange(1, np.max(nearer + tied, initial=0) + 2))])
+    reciprocal = (harmonic[nearer + tied + 1] - harmonic[nearer]) / (1 + tied)
+    return (nearer == 0) / (1 + tied), 1 + nearer + tied / 2, reciprocal
 
 # %% ../../nbs/08_measure/04_retrieval.ipynb #8ebc5a90
 def content_scores(
-    x,      # content embeddings of the pictures (b,d)
-    rows,   # index of each picture's concept in the grid (b,)
-    grid,   # content embeddings of the drawings (concepts,vendors,d); NaN rows are missing
-    target, # index of the vendor whose style is wanted; left out of the gallery
-    min_vendors=2, # concepts drawn by fewer others are not scored
-) -> pd.DataFrame: # per picture content_at_1, content_rank, content_rr, content_margin, content_gallery
+    x,  # content embeddings of the pictures (b,d)
+    rows,  # index of each picture's concept in the grid (b,)
+    grid,  # content embeddings of the drawings (concepts,styles,d); NaN rows are missing
+    target,  # index of the style whose style is wanted; left out of the gallery
+    min_styles=2,  # concepts drawn by fewer others are not scored
+) -> pd.DataFrame:  # per picture content_at_1, content_rank, content_rr, content_margin, content_gallery
     "Rank each picture's own concept among all concepts, as drawn by everybody else."
     x, rows, grid = _checked(x, rows, grid, target)
-    gallery = gallery_of(grid, target, min_vendors)
+    gallery = gallery_of(grid, target, min_styles)
     cosines = x @ gallery.T
     own = cosines[np.arange(len(x)), rows]
-    gap = cosines - own[:, None]; gap[np.arange(len(x)), rows] = np.nan       # NaN compares as False
+    gap = cosines - own[:, None]
+    gap[np.arange(len(x)), rows] = np.nan  # NaN compares as False
     hit, rank, rr = expected_rank((gap > TIE).sum(1), (np.abs(gap) <= TIE).sum(1))
     margin = -np.where(np.isnan(gap), -np.inf, gap).max(1, initial=-np.inf)
     scores = dict(content_at_1=hit, content_rank=rank, content_rr=rr, content_margin=margin)
@@ -95,27 +105,27 @@ def content_scores(
 
 # %% ../../nbs/08_measure/04_retrieval.ipynb #d57886b2
 def leaked(
-    x,      # content embeddings of the pictures (b,d)
-    rows,   # index of each picture's concept in the test grid (b,)
-    grid,   # content embeddings of the test concepts (concepts,vendors,d)
-    train_grid, # content embeddings of the training concepts (n,vendors,d)
-    target, # index of the vendor whose style is wanted
-    min_vendors=2, # concepts drawn by fewer others are left out
-) -> np.ndarray: # 1 if a training concept is nearest, 0 if not, NaN if not scored (b,)
+    x,  # content embeddings of the pictures (b,d)
+    rows,  # index of each picture's concept in the test grid (b,)
+    grid,  # content embeddings of the test concepts (concepts,styles,d)
+    train_grid,  # content embeddings of the training concepts (n,styles,d)
+    target,  # index of the style whose style is wanted
+    min_styles=2,  # concepts drawn by fewer others are left out
+) -> np.ndarray:  # 1 if a training concept is nearest, 0 if not, NaN if not scored (b,)
     "Tell which pictures show a training concept rather than their own."
     x, rows, grid = _checked(x, rows, grid, target)
-    own = (x*gallery_of(grid, target, min_vendors)[rows]).sum(1)
-    train = gallery_of(train_grid, target, min_vendors)
+    own = (x * gallery_of(grid, target, min_styles)[rows]).sum(1)
+    train = gallery_of(train_grid, target, min_styles)
     nearest = (x @ train[~np.isnan(train[:, 0])].T).max(1, initial=-np.inf)
     return np.where(np.isnan(own), np.nan, nearest > own + TIE)
 
 # %% ../../nbs/08_measure/04_retrieval.ipynb #44ba4b65
 def copied(
-    x,        # embeddings of the pictures (b,d)
-    train,    # embeddings of the training drawings (n,d)
-    held_out, # embeddings of true drawings that were not trained on (m,d)
-    quantile=.01, # share of true drawings that may be called a copy
-):            # (1 or 0 per picture (b,), the cosine distance below which a picture is a copy)
+    x,  # embeddings of the pictures (b,d)
+    train,  # embeddings of the training drawings (n,d)
+    held_out,  # embeddings of true drawings that were not trained on (m,d)
+    quantile=0.01,  # share of true drawings that may be called a copy
+):  # (1 or 0 per picture (b,), the cosine distance below which a picture is a copy)
     "Tell which pictures lie nearer to a training drawing than true drawings do."
     nearest = lambda v: 1 - (unit(v) @ unit(train).T).max(1)
     threshold = float(np.nanquantile(nearest(held_out), quantile))
@@ -124,8 +134,8 @@ def copied(
 
 # %% ../../nbs/08_measure/04_retrieval.ipynb #ce0b530f
 def summarise(
-    scores, # one row per picture, one column per metric
-) -> pd.DataFrame: # per metric: mean, scored, missing
+    scores,  # one row per picture, one column per metric
+) -> pd.DataFrame:  # per metric: mean, scored, missing
     "Average every metric, and count the pictures with and without a score."
-    scores = scores.select_dtypes('number')
+    scores = scores.select_dtypes("number")
     return pd.DataFrame(dict(mean=scores.mean(), scored=scores.notna().sum(), missing=scores.isna().sum()))

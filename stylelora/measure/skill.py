@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAR', 'PARTS', 'rgb_to_lab', 'edge_map', 'edge_distances', 'chamfer', 'palette', 'palette_distance', 'Look',
-           'flat_features', 'look', 'part_distances', 'Competitor', 'competitor', 'skill_scores']
+           'flat_features', 'embed', 'part_distances', 'Competitor', 'competitor', 'skill_scores']
 
 # %% ../../nbs/08_measure/05_skill.ipynb #21cb5c78
 from dataclasses import dataclass
@@ -19,70 +19,75 @@ from .pixels import as_images
 
 # %% ../../nbs/08_measure/05_skill.ipynb #bd24dcc8
 def rgb_to_lab(
-    images, # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-) -> np.ndarray: # (b,h,w,3): L in [0,100], a and b around 0
+    images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+) -> np.ndarray:  # (b,h,w,3): L in [0,100], a and b around 0
     """Convert sRGB to CIE Lab under D65.
     IEC 61966-2-1 and CIE 15."""
     rgb = as_images(images).permute(0, 2, 3, 1).numpy().astype(np.float64)
-    linear = np.where(rgb <= .04045, rgb/12.92, ((rgb + .055)/1.055)**2.4)
-    xyz = np.array([[.4125, .3576, .1804], [.2127, .7152, .0722], [.0193, .1192, .9503]])    # rows X, Y, Z
-    t = linear @ (xyz/xyz.sum(1, keepdims=True)).T                          # white maps to (1,1,1)
-    f = np.where(t > (6/29)**3, np.cbrt(t), t/(3*(6/29)**2) + 4/29)
-    return np.stack([116*f[..., 1] - 16, 500*(f[..., 0] - f[..., 1]), 200*(f[..., 1] - f[..., 2])], -1)
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = np.array(
+        [[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]]
+    )  # rows X, Y, Z
+    t = linear @ (xyz / xyz.sum(1, keepdims=True)).T  # white maps to (1,1,1)
+    f = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
 
 # %% ../../nbs/08_measure/05_skill.ipynb #b068194f
 def edge_map(
-    images, # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-    threshold=.15, # smallest gradient of an edge; a black-white step has 1
-) -> np.ndarray: # True at edges (b,h,w)
+    images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    threshold=0.15,  # smallest gradient of an edge; a black-white step has 1
+) -> np.ndarray:  # True at edges (b,h,w)
     "Find the places where a colour channel changes quickly."
     a = as_images(images).numpy()
-    slope = lambda along, across: correlate1d(correlate1d(a, [-1, 0, 1], along, mode='nearest'),
-                                              [1, 2, 1], across, mode='nearest')
-    return np.hypot(slope(2, 3), slope(3, 2)).max(1)/4 > threshold
+    slope = lambda along, across: correlate1d(
+        correlate1d(a, [-1, 0, 1], along, mode="nearest"), [1, 2, 1], across, mode="nearest"
+    )
+    return np.hypot(slope(2, 3), slope(3, 2)).max(1) / 4 > threshold
 
 # %% ../../nbs/08_measure/05_skill.ipynb #830a23e0
-FAR = .2   # sides of the picture beyond which distance does not count
+FAR = 0.2  # sides of the picture beyond which distance does not count
+
 
 def edge_distances(
-    edges, # True at edges (b,h,w)
-) -> np.ndarray: # distance to the nearest edge (b,h,w), in sides of the picture, at most FAR
+    edges,  # True at edges (b,h,w)
+) -> np.ndarray:  # distance to the nearest edge (b,h,w), in sides of the picture, at most FAR
     "Transform each edge map into a map of distances to its edges."
-    far = [distance_transform_edt(~e)/max(e.shape) if e.any() else np.ones(e.shape) for e in edges]
+    far = [distance_transform_edt(~e) / max(e.shape) if e.any() else np.ones(e.shape) for e in edges]
     return np.minimum(np.array(far, dtype=np.float32), FAR)
 
+
 def chamfer(
-    edges_x, # True at edges (b,h,w)
-    far_x,   # distances to these edges, from `edge_distances` (b,h,w)
-    edges_y, # the others
-    far_y,   # distances to those
-) -> np.ndarray: # (b,), 0 for equal edges, at most FAR, in sides of the picture
+    edges_x,  # True at edges (b,h,w)
+    far_x,  # distances to these edges, from `edge_distances` (b,h,w)
+    edges_y,  # the others
+    far_y,  # distances to those
+) -> np.ndarray:  # (b,), 0 for equal edges, at most FAR, in sides of the picture
     "Average how far the edges of each picture are from those of the other, both ways."
-    there = lambda e, far: (e*far).sum((1, 2))/np.maximum(e.sum((1, 2)), 1)
+    there = lambda e, far: (e * far).sum((1, 2)) / np.maximum(e.sum((1, 2)), 1)
     alone = edges_x.any((1, 2)) != edges_y.any((1, 2))
-    return np.where(alone, FAR, (there(edges_x, far_y) + there(edges_y, far_x))/2)
+    return np.where(alone, FAR, (there(edges_x, far_y) + there(edges_y, far_x)) / 2)
 
 # %% ../../nbs/08_measure/05_skill.ipynb #4cfb9507
 def palette(
-    images, # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-    n=64,   # colours, a power of two
-) -> np.ndarray: # Lab colours of equal weight (b,n,3)
+    images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    n=64,  # colours, a power of two
+) -> np.ndarray:  # Lab colours of equal weight (b,n,3)
     "Reduce each picture to a few colours of equal weight by median cut."
     lab = rgb_to_lab(images)
     pixels = lab.reshape(len(lab), -1, 3)
-    take = np.linspace(0, pixels.shape[1] - 1, -(-pixels.shape[1]//n)*n).round().astype(int)
+    take = np.linspace(0, pixels.shape[1] - 1, -(-pixels.shape[1] // n) * n).round().astype(int)
     a = pixels[:, take].astype(np.float32)
     for _ in range(int(np.log2(n))):
         widest = np.ptp(a, axis=1).argmax(1)
-        order = np.take_along_axis(a, widest[:, None, None], 2)[..., 0].argsort(1, kind='stable')
-        a = np.take_along_axis(a, order[..., None], 1).reshape(2*len(a), -1, 3)
+        order = np.take_along_axis(a, widest[:, None, None], 2)[..., 0].argsort(1, kind="stable")
+        a = np.take_along_axis(a, order[..., None], 1).reshape(2 * len(a), -1, 3)
     return a.mean(1).reshape(len(lab), n, 3)
 
 # %% ../../nbs/08_measure/05_skill.ipynb #c2316ed4
 def palette_distance(
-    p, # palettes (b,n,3)
-    q, # palettes (b,n,3)
-) -> np.ndarray: # mean Lab distance of the best assignment (b,)
+    p,  # palettes (b,n,3)
+    q,  # palettes (b,n,3)
+) -> np.ndarray:  # mean Lab distance of the best assignment (b,)
     "Measure the earth mover's distance between palettes of equal weights."
     costs = (cdist(a, b) for a, b in zip(p, q, strict=True))
     return np.array([c[linear_sum_assignment(c)].mean() for c in costs])
@@ -91,9 +96,10 @@ def palette_distance(
 @dataclass
 class Look:
     "Keep what the three distances need to know about some pictures."
-    features: np.ndarray # unit features of all layers, end to end (b,d)
-    edges: np.ndarray    # True at edges (b,h,w)
-    far: np.ndarray      # distance to the nearest edge (b,h,w)
+
+    features: np.ndarray  # unit features of all layers, end to end (b,d)
+    edges: np.ndarray  # True at edges (b,h,w)
+    far: np.ndarray  # distance to the nearest edge (b,h,w)
     palette: np.ndarray  # Lab colours (b,n,3)
 
     def __getitem__(self, rows):
@@ -103,18 +109,18 @@ class Look:
 # %% ../../nbs/08_measure/05_skill.ipynb #1bb3bc3e
 @torch.no_grad()
 def flat_features(
-    images, # pictures (b,3,h,w) in [0,1]
-    net,    # network with `features(images)` -> list of (b,c,h,w)
-    batch=64, # pictures at a time
-) -> np.ndarray: # (b,d); squared distances of rows are LPIPS distances with all weights 1
+    images,  # pictures (b,3,h,w) in [0,1]
+    net,  # network with `features(images)` -> list of (b,c,h,w)
+    batch=64,  # pictures at a time
+) -> np.ndarray:  # (b,d); squared distances of rows are LPIPS distances with all weights 1
     "Lay the unit-length feature maps of a network end to end."
-    flat = lambda m: (F.normalize(m, dim=1, eps=1e-10)/m[0, 0].numel()**.5).flatten(1).cpu()
+    flat = lambda m: (F.normalize(m, dim=1, eps=1e-10) / m[0, 0].numel() ** 0.5).flatten(1).cpu()
     return torch.cat([torch.cat([flat(m) for m in net.features(x)], 1) for x in images.split(batch)]).numpy()
 
 # %% ../../nbs/08_measure/05_skill.ipynb #b610f142
-def look(
-    images, # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3), at least one
-    net,    # network with `features`: Lite0, or an Evaluator
+def embed(
+    images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3), at least one
+    net,  # network with `features`: Lite0, or an Evaluator
 ) -> Look:  # everything that `part_distances` needs
     "Look at pictures once."
     x = as_images(images)
@@ -122,66 +128,76 @@ def look(
     return Look(flat_features(x, net), edges, edge_distances(edges), palette(x))
 
 # %% ../../nbs/08_measure/05_skill.ipynb #a2d9a630
-PARTS = ('perceptual', 'edges', 'palette')   # the three distances, in this order everywhere
+PARTS = ("perceptual", "edges", "palette")  # the three distances, in this order everywhere
+
 
 def part_distances(
-    a, # a Look at some pictures
-    b, # a Look at as many others
-) -> np.ndarray: # one column per part (b,3), in their own units
+    a,  # a Look at some pictures
+    b,  # a Look at as many others
+) -> np.ndarray:  # one column per part (b,3), in their own units
     "Measure the three distances of each pair."
     if len(a.features) != len(b.features):
-        raise ValueError(f'{len(a.features)} pictures against {len(b.features)}: pair them one to one')
-    return np.stack([((a.features - b.features)**2).sum(1), chamfer(a.edges, a.far, b.edges, b.far),
-                     palette_distance(a.palette, b.palette)], 1)
+        raise ValueError(f"{len(a.features)} pictures against {len(b.features)}: pair them one to one")
+    return np.stack(
+        [
+            ((a.features - b.features) ** 2).sum(1),
+            chamfer(a.edges, a.far, b.edges, b.far),
+            palette_distance(a.palette, b.palette),
+        ],
+        1,
+    )
 
 # %% ../../nbs/08_measure/05_skill.ipynb #a74c5635
 @dataclass
 class Competitor:
     "Keep the true drawings, the scales, and the distance that a picture has to beat."
-    truth: Look           # the true drawings; concepts without one hold a blank
-    scale: np.ndarray     # median of each part over real pairs (3,)
-    distance: np.ndarray  # D of each base vendor's drawing (concepts, base vendors), NaN where missing
-    floor: np.ndarray     # smallest D of each concept (concepts,), NaN where there is none
+
+    truth: Look  # the true drawings; concepts without one hold a blank
+    scale: np.ndarray  # median of each part over real pairs (3,)
+    distance: np.ndarray  # D of each base style's drawing (concepts, base styles), NaN where missing
+    floor: np.ndarray  # smallest D of each concept (concepts,), NaN where there is none
 
     @property
     def nearest(self):
-        "Index of the nearest base vendor of each concept, -1 where there is none."
+        "Index of the nearest base style of each concept, -1 where there is none."
         filled = np.where(np.isnan(self.distance), np.inf, self.distance)
         return np.where(np.isnan(self.floor), -1, filled.argmin(1))
 
 # %% ../../nbs/08_measure/05_skill.ipynb #8f3b36e3
 def competitor(
-    drawings, # true drawings, uint8 (concepts,vendors,h,w,3); missing ones may hold anything
-    present,  # which of them exist, bool (concepts,vendors)
-    target,   # index of the vendor whose style is wanted
-    base,     # indices of the base vendors
-    net,      # network with `features`
+    drawings,  # true drawings, uint8 (concepts,styles,h,w,3); missing ones may hold anything
+    present,  # which of them exist, bool (concepts,styles)
+    target,  # index of the style whose style is wanted
+    base,  # indices of the base styles
+    net,  # network with `features`
 ) -> Competitor:
-    "Measure how near the base vendors' drawings are to the truth."
+    "Measure how near the base styles' drawings are to the truth."
     there = present[:, target, None, None, None]
-    truth = look(np.where(there, drawings[:, target], 255).astype(np.uint8), net)
+    truth = embed(np.where(there, drawings[:, target], 255).astype(np.uint8), net)
     parts = np.full((len(drawings), len(base), 3), np.nan)
     for j, v in enumerate(base):
         rows = np.flatnonzero(present[:, v] & present[:, target])
-        if len(rows): parts[rows, j] = part_distances(look(drawings[rows, v], net), truth[rows])
-    if np.isnan(parts).all(): raise ValueError('no concept is drawn by both the target and a base vendor')
+        if len(rows):
+            parts[rows, j] = part_distances(embed(drawings[rows, v], net), truth[rows])
+    if np.isnan(parts).all():
+        raise ValueError("no concept is drawn by both the target and a base style")
     scale = np.nanmedian(parts, axis=(0, 1))
-    distance = (parts/scale).mean(2)
+    distance = (parts / scale).mean(2)
     floor = np.where(np.isnan(distance), np.inf, distance).min(1)
     return Competitor(truth, scale, distance, np.where((floor > 1e-6) & (floor < np.inf), floor, np.nan))
 
 # %% ../../nbs/08_measure/05_skill.ipynb #89bae8a1
 def skill_scores(
-    images, # generated pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3), of the drawings' size
-    rows,   # index of each picture's concept (b,)
+    images,  # generated pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3), of the drawings' size
+    rows,  # index of each picture's concept (b,)
     rival,  # from `competitor`
-    net,    # the same network
-) -> pd.DataFrame: # per picture gt_skill, and the scaled distances gt_perceptual, gt_edges, gt_palette
-    "Measure how much nearer than the nearest base vendor each picture is to the truth."
-    rows, x = np.asarray(rows), look(images, net)
+    net,  # the same network
+) -> pd.DataFrame:  # per picture gt_skill, and the scaled distances gt_perceptual, gt_edges, gt_palette
+    "Measure how much nearer than the nearest base style each picture is to the truth."
+    rows, x = np.asarray(rows), embed(images, net)
     if x.edges.shape[1:] != rival.truth.edges.shape[1:]:
-        raise ValueError(f'pictures of {x.edges.shape[1:]} pixels, drawings of {rival.truth.edges.shape[1:]}')
-    parts = part_distances(x, rival.truth[rows])/rival.scale
+        raise ValueError(f"pictures of {x.edges.shape[1:]} pixels, drawings of {rival.truth.edges.shape[1:]}")
+    parts = part_distances(x, rival.truth[rows]) / rival.scale
     parts[np.isnan(rival.floor[rows])] = np.nan
-    scores = {f'gt_{name}': parts[:, i] for i, name in enumerate(PARTS)}
-    return pd.DataFrame(dict(gt_skill=1 - parts.mean(1)/rival.floor[rows], **scores))
+    scores = {f"gt_{name}": parts[:, i] for i, name in enumerate(PARTS)}
+    return pd.DataFrame(dict(gt_skill=1 - parts.mean(1) / rival.floor[rows], **scores))

@@ -15,8 +15,8 @@ import torch
 from scipy.ndimage import gaussian_filter, minimum_filter
 from scipy.optimize import isotonic_regression
 from scipy.stats import rankdata
-from .attributes import ATTRIBUTES, Measured, doses, make_ruler
-from .evaluate import appoint, embed_grid, grid_cells
+from .attributes import ATTRIBUTES, Measured, attribute_scores, make_ruler
+from .evaluate import make_evaluator, embed_grid, grid_cells
 from .pixels import as_images
 from .perceptual import embed_maps
 from .evaluate import make_panel, score_pictures
@@ -24,48 +24,53 @@ from ..stats.intervals import cluster_bootstrap
 
 # %% ../../nbs/08_measure/10_validity.ipynb #ebded905
 def draw_triplets(
-    present, # which drawings exist, bool (concepts,vendors)
-    targets, # columns of the vendors that are targets
-    n_draws=1, # triplets per target drawing
+    present,  # which drawings exist, bool (concepts,styles)
+    targets,  # columns of the styles that are targets
+    n_draws=1,  # triplets per target drawing
     seed=0,  # seed of the draws
-) -> pd.DataFrame: # concept, target, other_concept, other_vendor, as indices
-    "Draw another concept and another vendor for every drawing of the targets."
+) -> pd.DataFrame:  # concept, target, other_concept, other_style, as indices
+    "Draw another concept and another style for every drawing of the targets."
     rng, rows, (n, m) = np.random.default_rng(seed), [], present.shape
     for t, c in ((t, c) for t in targets for c in np.flatnonzero(present[:, t]) for _ in range(n_draws)):
-        vendors = np.flatnonzero(present[c] & (np.arange(m) != t))
-        v = rng.choice(vendors) if len(vendors) else t
+        styles = np.flatnonzero(present[c] & (np.arange(m) != t))
+        v = rng.choice(styles) if len(styles) else t
         others = np.flatnonzero(present[:, t] & present[:, v] & (np.arange(n) != c))
-        if v != t and len(others): rows.append((c, t, rng.choice(others), v))
-    return pd.DataFrame(rows, columns=['concept', 'target', 'other_concept', 'other_vendor'])
+        if v != t and len(others):
+            rows.append((c, t, rng.choice(others), v))
+    return pd.DataFrame(rows, columns=["concept", "target", "other_concept", "other_style"])
 
 # %% ../../nbs/08_measure/10_validity.ipynb #d84f0366
 def triplet_auc(
-    right, # scores of the candidates that should win (n,k), one row per target drawing
-    wrong, # scores of those that should lose (n,m); NaN is missing
-) -> np.ndarray: # share of pairs in the right order (n,), NaN where there is none
+    right,  # scores of the candidates that should win (n,k), one row per target drawing
+    wrong,  # scores of those that should lose (n,m); NaN is missing
+) -> np.ndarray:  # share of pairs in the right order (n,), NaN where there is none
     "Count for every target how often the right candidate scores higher; ties count half."
     order = np.sign(np.asarray(right, float)[:, :, None] - np.asarray(wrong, float)[:, None])
     there = ~np.isnan(order)
-    count, won = there.sum((1, 2)), (np.where(there, order + 1, 0)/2).sum((1, 2))
+    count, won = there.sum((1, 2)), (np.where(there, order + 1, 0) / 2).sum((1, 2))
     return np.divide(won, count, out=np.full(len(won), np.nan), where=count > 0)
+
+
 def selectivity(
-    content, # AUC of content, style held fixed
-    style,   # AUC of style, content held fixed
-): # +1 sees content only, -1 style only, 0 both alike; NaN sees nothing
+    content,  # AUC of content, style held fixed
+    style,  # AUC of style, content held fixed
+):  # +1 sees content only, -1 style only, 0 both alike; NaN sees nothing
     "Weigh what a metric sees of content against what it sees of style."
-    c, s = 2*np.asarray(content, float) - 1, 2*np.asarray(style, float) - 1
+    c, s = 2 * np.asarray(content, float) - 1, 2 * np.asarray(style, float) - 1
     total = np.abs(c) + np.abs(s)
     return np.divide(c - s, total, out=np.full(np.shape(total), np.nan), where=total > 0)
 
 # %% ../../nbs/08_measure/10_validity.ipynb #14da6606
 def auc_table(
-    concept, # concept of each triplet (n,)
-    content, style, neither, # scores of the three candidates, one column per metric, more is better
-    n_draws=1000, # bootstrap draws over concepts
+    concept,  # concept of each triplet (n,)
+    content,
+    style,
+    neither,  # scores of the three candidates, one column per metric, more is better
+    n_draws=1000,  # bootstrap draws over concepts
     seed=0,  # seed of the draws
-) -> pd.DataFrame: # per metric: content, style, content_first, selectivity, each with _low and _high
+) -> pd.DataFrame:  # per metric: content, style, content_first, selectivity, each with _low and _high
     "Tabulate what each metric sees, with intervals over concepts."
-    rows, names = {}, ('content', 'style', 'content_first', 'selectivity')
+    rows, names = {}, ("content", "style", "content_first", "selectivity")
     for m in content:
         one = lambda x, y: triplet_auc(x[m].to_numpy()[:, None], y[m].to_numpy()[:, None])
         p = np.stack([one(content, neither), one(style, neither), one(content, style)], 1)
@@ -73,218 +78,311 @@ def auc_table(
         picks = np.random.default_rng(seed).integers(0, len(p), (n_draws, len(p)))
         means = np.vstack([p.mean(0), p[picks].mean(1)])
         means = np.column_stack([means, selectivity(means[:, 0], means[:, 1])])
-        ends = dict(zip(('', '_low', '_high'), [means[0], *np.nanquantile(means[1:], (.025, .975), axis=0)]))
+        ends = dict(
+            zip(("", "_low", "_high"), [means[0], *np.nanquantile(means[1:], (0.025, 0.975), axis=0)])
+        )
         rows[m] = {k + e: v[i] for i, k in enumerate(names) for e, v in ends.items()}
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/08_measure/10_validity.ipynb #605aa0ad
-STRENGTHS = dict(blur=(.5, 1, 2, 4), autoencoder=(1, 2, 4, 8), shift=(1, 2, 4, 8), hue=(30, 60, 120, 180),
-                 grey=(.25, .5, .75, 1), colours=(4, 5, 6, 7), thicker=(1, 2, 3, 4),
-                 other_hand=(.25, .5, .75, 1), other_thing=(.25, .5, .75, 1))
-UNITS = dict(blur='pixels', autoencoder='passes', shift='pixels', hue='degrees', grey='share',
-             colours='bits less', thicker='pixels', other_hand='share', other_thing='share')
+STRENGTHS = dict(
+    blur=(0.5, 1, 2, 4),
+    autoencoder=(1, 2, 4, 8),
+    shift=(1, 2, 4, 8),
+    hue=(30, 60, 120, 180),
+    grey=(0.25, 0.5, 0.75, 1),
+    colours=(4, 5, 6, 7),
+    thicker=(1, 2, 3, 4),
+    other_hand=(0.25, 0.5, 0.75, 1),
+    other_thing=(0.25, 0.5, 0.75, 1),
+)
+UNITS = dict(
+    blur="pixels",
+    autoencoder="passes",
+    shift="pixels",
+    hue="degrees",
+    grey="share",
+    colours="bits less",
+    thicker="pixels",
+    other_hand="share",
+    other_thing="share",
+)
+
+
 def _filtered(x, name, s):
     "Apply the damages that need no second picture to floats (n,h,w,3)."
-    k, edge = int(2*s + 1), ((0, 0), (0, 0), (int(s), 0), (0, 0))
-    if name == 'blur': return gaussian_filter(x, (0, s, s, 0), mode='nearest')
-    if name == 'shift': return np.pad(x, edge, constant_values=255)[:, :, :x.shape[2]]
-    if name == 'grey': return (1 - s)*x + s*(x @ (.299, .587, .114))[..., None]
-    if name == 'colours': return np.round(x/(step := 255/(2**(8 - s) - 1)))*step
-    if name == 'thicker': return minimum_filter(x, (1, k, k, 1), mode='nearest')
-    if name != 'hue': raise ValueError(f'damage {name!r} needs the other pictures')
-    a, cross = np.deg2rad(s), np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])/3**.5
-    return x @ (np.cos(a)*np.eye(3) + (1 - np.cos(a))/3 + np.sin(a)*cross).T
+    k, edge = int(2 * s + 1), ((0, 0), (0, 0), (int(s), 0), (0, 0))
+    if name == "blur":
+        return gaussian_filter(x, (0, s, s, 0), mode="nearest")
+    if name == "shift":
+        return np.pad(x, edge, constant_values=255)[:, :, : x.shape[2]]
+    if name == "grey":
+        return (1 - s) * x + s * (x @ (0.299, 0.587, 0.114))[..., None]
+    if name == "colours":
+        return np.round(x / (step := 255 / (2 ** (8 - s) - 1))) * step
+    if name == "thicker":
+        return minimum_filter(x, (1, k, k, 1), mode="nearest")
+    if name != "hue":
+        raise ValueError(f"damage {name!r} needs the other pictures")
+    a, cross = np.deg2rad(s), np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
+    return x @ (np.cos(a) * np.eye(3) + (1 - np.cos(a)) / 3 + np.sin(a) * cross).T
 
 # %% ../../nbs/08_measure/10_validity.ipynb #1333e130
 def corrupt(
-    images,   # pictures, bytes (n,h,w,3), on white
-    name,     # one of STRENGTHS
-    strength, # how much, in the unit of UNITS; 0 returns the pictures
-    other=None, # for mixtures the other pictures; for 'autoencoder' a function from bytes to bytes
-) -> np.ndarray: # bytes (n,h,w,3)
+    images,  # pictures, bytes (n,h,w,3), on white
+    name,  # one of STRENGTHS
+    strength,  # how much, in the unit of UNITS; 0 returns the pictures
+    other=None,  # for mixtures the other pictures; for 'autoencoder' a function from bytes to bytes
+) -> np.ndarray:  # bytes (n,h,w,3)
     "Damage pictures by a known amount."
-    if name not in STRENGTHS: raise ValueError(f'damage {name!r} is unknown; use {", ".join(STRENGTHS)}')
-    if name == 'autoencoder':
-        for _ in range(strength): images = other(images)
+    if name not in STRENGTHS:
+        raise ValueError(f"damage {name!r} is unknown; use {', '.join(STRENGTHS)}")
+    if name == "autoencoder":
+        for _ in range(strength):
+            images = other(images)
         return images
-    y = _filtered(images*1., name, strength) if other is None else (1 - strength)*images + strength*other
+    y = (
+        _filtered(images * 1.0, name, strength)
+        if other is None
+        else (1 - strength) * images + strength * other
+    )
     return y.round().clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/08_measure/10_validity.ipynb #d6130c32
 def dose_response(
-    scores,    # (concepts,strengths), more is better
-    strengths, # of the columns, ascending
-    **how,     # passed to `cluster_bootstrap`: n_draws, level, seed
-) -> dict:     # spearman, low, high, isotonic
+    scores,  # (concepts,strengths), more is better
+    strengths,  # of the columns, ascending
+    **how,  # passed to `cluster_bootstrap`: n_draws, level, seed
+) -> dict:  # spearman, low, high, isotonic
     "Summarise how steadily a score falls when the damage grows."
     y, x = np.asarray(scores, float), np.asarray(strengths, float)
-    if (np.diff(x) <= 0).any(): raise ValueError(f'strengths {x.tolist()} do not ascend')
+    if (np.diff(x) <= 0).any():
+        raise ValueError(f"strengths {x.tolist()} do not ascend")
     y = y[np.isfinite(y).all(1)]
-    if not len(y): return dict.fromkeys(('spearman', 'low', 'high', 'isotonic'), np.nan)
+    if not len(y):
+        return dict.fromkeys(("spearman", "low", "high", "isotonic"), np.nan)
     r, rx = (v - v.mean(-1, keepdims=True) for v in (rankdata(-y, axis=1), rankdata(x)))
-    size = np.sqrt((r**2).sum(1)*(rx**2).sum())
+    size = np.sqrt((r**2).sum(1) * (rx**2).sum())
     i = cluster_bootstrap(np.divide(r @ rx, size, out=np.zeros(len(r)), where=size > 0), **how)
-    left = sum(((row - isotonic_regression(row, increasing=False).x)**2).sum() for row in y)
-    total = ((y - y.mean(1, keepdims=True))**2).sum()
-    share = float(1 - left/total) if total > 0 else np.nan
+    left = sum(((row - isotonic_regression(row, increasing=False).x) ** 2).sum() for row in y)
+    total = ((y - y.mean(1, keepdims=True)) ** 2).sum()
+    share = float(1 - left / total) if total > 0 else np.nan
     return dict(spearman=i.estimate, low=i.low, high=i.high, isotonic=share)
 
 # %% ../../nbs/08_measure/10_validity.ipynb #0c438e34
 def variance_shares(
-    values, # embeddings of a complete grid (concepts,vendors,d)
+    values,  # embeddings of a complete grid (concepts,styles,d)
 ) -> dict:  # content, style and rest (the interaction); they sum to 1
     """Share the variance of an embedding out to content, to style, and to neither.
     Searle, Casella and McCulloch 1992, chapter 4."""
     y = np.asarray(values, float)
     if y.ndim != 3 or min(y.shape[:2]) < 2 or not np.isfinite(y).all():
-        raise ValueError(f'values {y.shape}: want a complete grid of at least 2 concepts and 2 vendors')
+        raise ValueError(f"values {y.shape}: want a complete grid of at least 2 concepts and 2 styles")
     (n, m), mean = y.shape[:2], y.mean((0, 1))
     a, b = y.mean(1) - mean, y.mean(0) - mean
-    rest = ((y - mean - a[:, None] - b)**2).sum()/((n - 1)*(m - 1))
-    content, style = (a**2).sum()/(n - 1) - rest/m, (b**2).sum()/(m - 1) - rest/n
+    rest = ((y - mean - a[:, None] - b) ** 2).sum() / ((n - 1) * (m - 1))
+    content, style = (a**2).sum() / (n - 1) - rest / m, (b**2).sum() / (m - 1) - rest / n
     parts = dict(content=max(content, 0), style=max(style, 0), rest=rest)
-    return {k: float(v/sum(parts.values())) for k, v in parts.items()}
+    return {k: float(v / sum(parts.values())) for k, v in parts.items()}
 
 # %% ../../nbs/08_measure/10_validity.ipynb #3c248a8b
 def mmd2_biased(
-    x, # features (n,d)
-    y, # features (m,d)
-    kernel, # from `make_kernel`
-) -> float: # squared MMD, never negative
+    x,  # features (n,d)
+    y,  # features (m,d)
+    kernel,  # from `make_kernel`
+) -> float:  # squared MMD, never negative
     """Estimate the squared maximum mean discrepancy with the diagonal left in.
     Gretton et al. 2012, eq. 5."""
-    return float(kernel(x, x).mean() + kernel(y, y).mean() - 2*kernel(x, y).mean())
+    return float(kernel(x, x).mean() + kernel(y, y).mean() - 2 * kernel(x, y).mean())
 
 # %% ../../nbs/08_measure/10_validity.ipynb #408ba51e
 def resampled(
-    cube, # scores (concepts,arms,metrics), more is better; NaN where missing
-    n_draws=500, # bootstrap draws over concepts
-    seed=0, # seed of the draws
-) -> np.ndarray: # means (1 + n_draws,arms,metrics), first the plain ones
+    cube,  # scores (concepts,recipes,metrics), more is better; NaN where missing
+    n_draws=500,  # bootstrap draws over concepts
+    seed=0,  # seed of the draws
+) -> np.ndarray:  # means (1 + n_draws,recipes,metrics), first the plain ones
     "Average over concepts, and over many resamples of them."
     n, there = len(cube), ~np.isnan(cube)
-    w = np.vstack([np.ones(n), np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), n_draws)])
-    total, count = (np.einsum('bc,cam->bam', w, v) for v in (np.where(there, cube, 0), there.astype(float)))
+    w = np.vstack([np.ones(n), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws)])
+    total, count = (np.einsum("bc,cam->bam", w, v) for v in (np.where(there, cube, 0), there.astype(float)))
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
 def kendall(
-    x, # scores (…,n); NaN is missing
-    y, # scores (…,n)
-) -> np.ndarray: # tau-b (…,), NaN where a side does not vary
+    x,  # scores (…,n); NaN is missing
+    y,  # scores (…,n)
+) -> np.ndarray:  # tau-b (…,), NaN where a side does not vary
     "Compute Kendall's rank correlation along the last axis."
     i, j = np.triu_indices(np.shape(x)[-1], 1)
     sx, sy = (np.sign(v[..., i] - v[..., j]) for v in (np.asarray(x, float), np.asarray(y, float)))
     sx, sy = (np.where(np.isnan(sx + sy), 0, s) for s in (sx, sy))
-    size = np.sqrt((sx**2).sum(-1)*(sy**2).sum(-1))
-    return np.divide((sx*sy).sum(-1), size, out=np.full(size.shape, np.nan), where=size > 0)
+    size = np.sqrt((sx**2).sum(-1) * (sy**2).sum(-1))
+    return np.divide((sx * sy).sum(-1), size, out=np.full(size.shape, np.nan), where=size > 0)
 
 # %% ../../nbs/08_measure/10_validity.ipynb #7ada6777
 def misled(
-    means,   # from `resampled`
-    arms,    # names of the arms
-    metrics, # names of the metrics
-    truth='gt_skill', # the metric that counts
-) -> pd.DataFrame: # per metric: pairs (certain by truth), wrong, silent, better and worse (by the metric)
-    "Count the pairs of arms which a metric orders against the truth, and name the worst."
-    (i, j), k, rows = np.triu_indices(len(arms), 1), list(metrics).index(truth), {}
+    means,  # from `resampled`
+    recipes,  # names of the recipes
+    metrics,  # names of the metrics
+    truth="gt_skill",  # the metric that counts
+) -> pd.DataFrame:  # per metric: pairs (certain by truth), wrong, silent, better and worse (by the metric)
+    "Count the pairs of recipes which a metric orders against the truth, and name the worst."
+    (i, j), k, rows = np.triu_indices(len(recipes), 1), list(metrics).index(truth), {}
     d = means[:, i] - means[:, j]
-    low, high = np.quantile(d[1:], (.025, .975), axis=0)
+    low, high = np.quantile(d[1:], (0.025, 0.975), axis=0)
     sign = np.where(low > 0, 1, np.where(high < 0, -1, 0))
     for m, name in enumerate(metrics):
-        gap = np.where(sign[:, m]*sign[:, k] < 0, np.abs(d[0, :, k]), 0)
+        gap = np.where(sign[:, m] * sign[:, k] < 0, np.abs(d[0, :, k]), 0)
         w, sure = gap.argmax(), sign[:, k] != 0
-        pair = (arms[i[w]], arms[j[w]])[::sign[w, m]] if gap[w] > 0 else ('', '')
-        rows[name] = dict(pairs=int(sure.sum()), wrong=int((gap > 0).sum()),
-                          silent=int((sure & (sign[:, m] == 0)).sum()), better=pair[0], worse=pair[1])
+        pair = (recipes[i[w]], recipes[j[w]])[:: sign[w, m]] if gap[w] > 0 else ("", "")
+        rows[name] = dict(
+            pairs=int(sure.sum()),
+            wrong=int((gap > 0).sum()),
+            silent=int((sure & (sign[:, m] == 0)).sum()),
+            better=pair[0],
+            worse=pair[1],
+        )
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/08_measure/10_validity.ipynb #3a8cd08d
 class Memory:
     "Ask a network about every picture and every caption only once."
-    def __init__(self, net): self.net, self.known = net, {}
-    def _ask(self, f, things, keys):
+
+    def __init__(self, net):
+        self.net, self.known = net, {}
+
+    def _predict(self, f, things, keys):
         new = list({k: i for i, k in enumerate(keys) if k not in self.known}.values())
         out = f([things[i] for i in new]) if new else []
-        parts = list(out.values()) if isinstance(out, dict) else [out] if hasattr(out, 'shape') else out
-        for row, i in enumerate(new): self.known[keys[i]] = [p[row] for p in parts]
+        parts = list(out.values()) if isinstance(out, dict) else [out] if hasattr(out, "shape") else out
+        for row, i in enumerate(new):
+            self.known[keys[i]] = [p[row] for p in parts]
         return [torch.stack(p) for p in zip(*(self.known[k] for k in keys))]
-    def _look(self, f, images):
+
+    def _remembered(self, f, images):
         x = as_images(images)
-        keys = [(f.__name__, p.tobytes()) for p in (x*255).round().byte().numpy()]
-        return self._ask(lambda new: f(torch.stack(new)), x, keys)
-    def embed(self, images): return dict(zip(('content', 'style'), self._look(self.net.embed, images)))
-    def features(self, images): return self._look(self.net.features, images)
-    def images(self, images): return self._look(self.net.images, images)[0]
-    def texts(self, captions): return self._ask(self.net.texts, captions, list(captions))[0]
+        keys = [(f.__name__, p.tobytes()) for p in (x * 255).round().byte().numpy()]
+        return self._predict(lambda new: f(torch.stack(new)), x, keys)
+
+    def embed(self, images):
+        return dict(zip(("content", "style"), self._remembered(self.net.embed, images)))
+
+    def features(self, images):
+        return self._remembered(self.net.features, images)
+
+    def images(self, images):
+        return self._remembered(self.net.images, images)[0]
+
+    def texts(self, captions):
+        return self._predict(self.net.texts, captions, list(captions))[0]
 
 # %% ../../nbs/08_measure/10_validity.ipynb #d49bbd46
-CLAIMS = dict(style_margin='style', dose_style='style', lite0_style_at_1='style', clip_style='style',
-    dose_palette='style', dose_outline='style', dose_shading='style', dose_shape='style',
-    content_margin='content', lite0_content_margin='content', clip_content='content', clip_text='content',
-    gt_skill='truth', gt_perceptual='truth', gt_edges='truth', gt_palette='truth',
-    perceptual='truth', ssim='truth', psnr='truth')
-LOWER = ('perceptual', 'gt_perceptual', 'gt_edges', 'gt_palette')    # less is better
+CLAIMS = dict(
+    style_margin="style",
+    attribute_style="style",
+    lite0_style_at_1="style",
+    clip_style="style",
+    attribute_palette="style",
+    attribute_outline="style",
+    attribute_shading="style",
+    attribute_shape="style",
+    content_margin="content",
+    lite0_content_margin="content",
+    clip_content="content",
+    clip_text="content",
+    gt_skill="truth",
+    gt_perceptual="truth",
+    gt_edges="truth",
+    gt_palette="truth",
+    perceptual="truth",
+    ssim="truth",
+    psnr="truth",
+)
+LOWER = ("perceptual", "gt_perceptual", "gt_edges", "gt_palette")  # less is better
+
+
 @dataclass
 class Bench:
     "Hold real drawings and the study's scorers for several targets."
-    concepts: list; vendors: list; drawings: np.ndarray; present: np.ndarray  # as in a Judge
+
+    concepts: list
+    styles: list
+    drawings: np.ndarray
+    present: np.ndarray  # as in a Judge
     panels: dict  # target -> Panel
     rulers: dict  # target -> Ruler of the doses
 
 # %% ../../nbs/08_measure/10_validity.ipynb #6f4487c6
 def make_bench(
-    grid,      # from `load_grid`
+    grid,  # from `load_grid`
     concepts,  # names of concepts
-    targets,   # held-out vendors
-    evaluator, # network with `embed` and `features`
-    clip=None, lite=None, # ClipScorer and Lite0, or None
-    n_train=50, # training drawings per target, and concepts on which the doses are fitted
+    targets,  # held-out styles
+    evaluator,  # network with `embed` and `features`
+    clip=None,
+    lite=None,  # ClipScorer and Lite0, or None
+    n_train=50,  # training drawings per target, and concepts on which the doses are fitted
 ) -> Bench:
     "Appoint the study's scorers for several targets."
-    vendors, base, cells = grid.vendors, grid.base_vendors, grid_cells(grid, concepts)
-    measures = ATTRIBUTES | dict(style=lambda x: np.asarray(evaluator.embed(x)['style']))
+    styles, base, cells = grid.styles, grid.base_styles, grid_cells(grid, concepts)
+    measures = ATTRIBUTES | dict(style=lambda x: np.asarray(evaluator.embed(x)["style"]))
+
     def measured(names, drawings, present):
         found = embed_grid(drawings, present, lambda x: {k: f(x) for k, f in measures.items()})
-        return Measured(list(names), vendors, [vendors.index(v) for v in base], found, measures)
-    fit = measured(pool := grid.concepts('pool')[:n_train], *grid_cells(grid, pool))
+        return Measured(list(names), styles, [styles.index(v) for v in base], found, measures)
+
+    fit = measured(pool := grid.concepts("pool")[:n_train], *grid_cells(grid, pool))
     test, second = measured(concepts, *cells), dict(lite0=lambda x: embed_maps(x, lite)) if lite else {}
+
     def panel(t):
-        train = grid_cells(grid, grid.concepts('pool', t)[:n_train])
-        judge = appoint(*cells, concepts, vendors, t, base, evaluator, evaluator, train, second)
+        train = grid_cells(grid, grid.concepts("pool", t)[:n_train])
+        judge = make_evaluator(*cells, concepts, styles, t, base, evaluator, evaluator, train, second)
         return make_panel(judge, clip, lite)
-    return Bench(list(concepts), vendors, *cells, {t: panel(t) for t in targets},
-                 {t: make_ruler(fit, test, t) for t in targets})
+
+    return Bench(
+        list(concepts),
+        styles,
+        *cells,
+        {t: panel(t) for t in targets},
+        {t: make_ruler(fit, test, t) for t in targets},
+    )
 
 # %% ../../nbs/08_measure/10_validity.ipynb #98d18a1c
 def grade(
     bench,  # from `make_bench`
-    target, # one of its targets
-    images, # pictures, bytes (b,h,w,3)
-    rows,   # index of the concept that each is asked for (b,)
-    hidden=None, # name of a vendor that no reference may use
-) -> pd.DataFrame: # one row per picture, one column per metric of CLAIMS; more is better
+    target,  # one of its targets
+    images,  # pictures, bytes (b,h,w,3)
+    rows,  # index of the concept that each is asked for (b,)
+    hidden=None,  # name of a style that no reference may use
+) -> pd.DataFrame:  # one row per picture, one column per metric of CLAIMS; more is better
     "Score pictures with every metric, all of them turned so that more is better."
     panel, names = bench.panels[target], [bench.concepts[i] for i in rows]
     if hidden:
-        def hide(g): return np.where((np.array(bench.vendors) == hidden)[None, :, None], np.nan, g)
+
+        def hide(g):
+            return np.where((np.array(bench.styles) == hidden)[None, :, None], np.nan, g)
+
         j = panel.judge
-        j = replace(j, grids={k: hide(g) for k, g in j.grids.items()},
-                    others={k: (f, hide(g)) for k, (f, g) in j.others.items()})
+        j = replace(
+            j,
+            grids={k: hide(g) for k, g in j.grids.items()},
+            others={k: (f, hide(g)) for k, (f, g) in j.others.items()},
+        )
         panel = replace(panel, judge=j, grids={k: hide(g) for k, g in panel.grids.items()})
-    far = doses(bench.rulers[target], images, names)
+    far = attribute_scores(bench.rulers[target], images, names)
     out = pd.concat([score_pictures(panel, images, names), far], axis=1)
-    out = out[[m for m in CLAIMS if m in out]].fillna({'psnr': 48.13})
+    out = out[[m for m in CLAIMS if m in out]].fillna({"psnr": 48.13})
     return out.mul([-1 if m in LOWER else 1 for m in out])
 
 # %% ../../nbs/08_measure/10_validity.ipynb #0e8eacd0
 def grade_triplets(
-    bench,    # from `make_bench`
-    triplets, # from `draw_triplets`
-) -> tuple:   # scores of the right content, of the right style, and of neither: rows as in `triplets`
+    bench,  # from `make_bench`
+    triplets,  # from `draw_triplets`
+) -> tuple:  # scores of the right content, of the right style, and of neither: rows as in `triplets`
     "Score the three candidates of every triplet."
     found = []
-    for (t, v), part in triplets.groupby(['target', 'other_vendor']):
+    for (t, v), part in triplets.groupby(["target", "other_style"]):
         c, o = part.concept.to_numpy(), part.other_concept.to_numpy()
         three = np.concatenate([bench.drawings[c, v], bench.drawings[o, t], bench.drawings[o, v]])
-        s = grade(bench, bench.vendors[t], three, np.tile(c, 3), bench.vendors[v])
-        found.append([s[i*len(c):(i + 1)*len(c)].set_index(part.index) for i in range(3)])
+        s = grade(bench, bench.styles[t], three, np.tile(c, 3), bench.styles[v])
+        found.append([s[i * len(c) : (i + 1) * len(c)].set_index(part.index) for i in range(3)])
     return tuple(pd.concat(parts).sort_index() for parts in zip(*found))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Base', 'quick_attention', 'misfit', 'make_base', 'tiny_base', 'full_base', 'encode_text', 'count_tokens',
-           'encode_image', 'decode', 'to_uint8', 'x0_from', 'guide', 'with_sizes', 'same_sizes', 'ask_unet',
+           'encode_image', 'decode', 'to_uint8', 'x0_from', 'guide', 'with_sizes', 'same_sizes', 'predict_unet',
            'check_context', 'EpsModel', 'denoiser']
 
 # %% ../../nbs/03_models/02_base.ipynb #af7e805f
@@ -21,293 +21,384 @@ from ..noise.schedule import Schedule
 @dataclass
 class Base:
     "Hold a Stable-Diffusion-class model: three frozen networks, a tokenizer, a schedule."
-    name:str               # what the user called it: 'embedded', a folder, a file or a hub id
-    unet:nn.Module         # predicts noise or velocity, called like diffusers' UNet2DConditionModel
-    vae:nn.Module          # AutoencoderKL or AutoencoderTiny
-    text_encoder:nn.Module # CLIPTextModel
-    tokenizer:object       # CLIPTokenizer
-    schedule:Schedule      # the noise schedule that the U-Net was trained with
-    prediction_type:str    # what the U-Net predicts: 'epsilon' or 'v_prediction'
-    scale_factor:int       # image pixels per latent pixel, in each direction
-    latent_shape:tuple     # shape of one latent (c,h,w)
-    size:int               # image height and width in pixels
-    folder:Path=None       # where it was loaded from; None for a model made in memory
-    hash:str=''            # fingerprint of the weights, 64 hexadecimal digits
-    text_encoder_2:nn.Module=None # CLIPTextModelWithProjection of SDXL, or None
-    tokenizer_2:object=None # its CLIPTokenizer
-    zero_empty:bool=False  # the embedding of the empty prompt is all zeros
+
+    name: str  # what the user called it: 'embedded', a folder, a file or a hub id
+    unet: nn.Module  # predicts noise or velocity, called like diffusers' UNet2DConditionModel
+    vae: nn.Module  # AutoencoderKL or AutoencoderTiny
+    text_encoder: nn.Module  # CLIPTextModel
+    tokenizer: object  # CLIPTokenizer
+    schedule: Schedule  # the noise schedule that the U-Net was trained with
+    prediction_type: str  # what the U-Net predicts: 'epsilon' or 'v_prediction'
+    scale_factor: int  # image pixels per latent pixel, in each direction
+    latent_shape: tuple  # shape of one latent (c,h,w)
+    size: int  # image height and width in pixels
+    folder: Path = None  # where it was loaded from; None for a model made in memory
+    hash: str = ""  # fingerprint of the weights, 64 hexadecimal digits
+    text_encoder_2: nn.Module = None  # CLIPTextModelWithProjection of SDXL, or None
+    tokenizer_2: object = None  # its CLIPTokenizer
+    zero_empty: bool = False  # the embedding of the empty prompt is all zeros
 
     @property
-    def device(self): return next(self.unet.parameters()).device
+    def device(self):
+        return next(self.unet.parameters()).device
+
     @property
-    def dtype(self): return next(self.unet.parameters()).dtype
+    def dtype(self):
+        return next(self.unet.parameters()).dtype
 
 # %% ../../nbs/03_models/02_base.ipynb #d8e26aaf
 def quick_attention(
-    unet,   # diffusers' U-Net
-    device, # 'cpu', 'cuda' or 'mps'
+    unet,  # diffusers' U-Net
+    device,  # 'cpu', 'cuda' or 'mps'
 ):
     "Let a U-Net of small pictures compute attention plainly on a CPU, where that is faster."
     from diffusers.models.attention_processor import AttnProcessor
-    if device == 'cpu' and unet.config.sample_size <= 32: unet.set_attn_processor(AttnProcessor())
+
+    if device == "cpu" and unet.config.sample_size <= 32:
+        unet.set_attn_processor(AttnProcessor())
 
 # %% ../../nbs/03_models/02_base.ipynb #5e282d9f
 def misfit(
-    unet, vae, text_encoder, # the networks
-    text_encoder_2=None,     # the second text encoder of SDXL, or None
-) -> str:                    # what is wrong; '' if they fit
+    unet,
+    vae,
+    text_encoder,  # the networks
+    text_encoder_2=None,  # the second text encoder of SDXL, or None
+) -> str:  # what is wrong; '' if they fit
     "Say why networks do not make a text-to-image base."
     u, c, second = unet.config, vae.config.latent_channels, text_encoder_2 is not None
-    if u.in_channels != c: return (
-        f'the U-Net reads {u.in_channels} channels, the autoencoder writes {c}; inpainting and depth models '
-        'cannot be used, take a text-to-image base')
-    if (u.addition_embed_type == 'text_time') != second:
+    if u.in_channels != c:
+        return (
+            f"the U-Net reads {u.in_channels} channels, the autoencoder writes {c}; inpainting and depth models "
+            "cannot be used, take a text-to-image base"
+        )
+    if (u.addition_embed_type == "text_time") != second:
         return f"the U-Net was made {'without' if second else 'with'} a second text encoder, as SDXL has"
     if second and u.projection_class_embeddings_input_dim != (
-        text_encoder_2.config.projection_dim + 6*u.addition_time_embed_dim): return (
-        'the U-Net is told other sizes than six; the refiner of SDXL cannot be used, take its base')
+        text_encoder_2.config.projection_dim + 6 * u.addition_time_embed_dim
+    ):
+        return "the U-Net is told other sizes than six; the refiner of SDXL cannot be used, take its base"
     width = text_encoder.config.hidden_size + (text_encoder_2.config.hidden_size if second else 0)
-    if u.cross_attention_dim != width: return (
-        f'the U-Net reads text of width {u.cross_attention_dim}, the text is {width} wide; text encoder and '
-        'U-Net belong to different models')
-    return ''
+    if u.cross_attention_dim != width:
+        return (
+            f"the U-Net reads text of width {u.cross_attention_dim}, the text is {width} wide; text encoder and "
+            "U-Net belong to different models"
+        )
+    return ""
 
 # %% ../../nbs/03_models/02_base.ipynb #13981920
-def make_base(name, unet, vae, text_encoder, tokenizer, schedule, # the fields of `Base`
-    prediction_type='epsilon', # 'epsilon' or 'v_prediction'
-    device='cpu',    # where the networks go
-    dtype='float32', # number format of U-Net and text encoders; the autoencoder stays in float32
-    folder=None,     # where it was loaded from
-    hash='',         # fingerprint of the weights
-    **second,        # for SDXL: text_encoder_2, tokenizer_2, zero_empty
-) -> Base:           # frozen, in evaluation mode
+def make_base(
+    name,
+    unet,
+    vae,
+    text_encoder,
+    tokenizer,
+    schedule,  # the fields of `Base`
+    prediction_type="epsilon",  # 'epsilon' or 'v_prediction'
+    device="cpu",  # where the networks go
+    dtype="float32",  # number format of U-Net and text encoders; the autoencoder stays in float32
+    folder=None,  # where it was loaded from
+    hash="",  # fingerprint of the weights
+    **second,  # for SDXL: text_encoder_2, tokenizer_2, zero_empty
+) -> Base:  # frozen, in evaluation mode
     "Freeze the networks and derive the shapes that belong to them."
-    if prediction_type not in ('epsilon', 'v_prediction'): raise ValueError(
-        f"base {name!r} predicts {prediction_type!r}; only 'epsilon' and 'v_prediction' can be used")
-    two = second.get('text_encoder_2')
-    if why := misfit(unet, vae, text_encoder, two): raise ValueError(f'base {name!r}: {why}')
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"base {name!r} predicts {prediction_type!r}; only 'epsilon' and 'v_prediction' can be used"
+        )
+    two = second.get("text_encoder_2")
+    if why := misfit(unet, vae, text_encoder, two):
+        raise ValueError(f"base {name!r}: {why}")
     for net in (unet, vae, text_encoder, *([] if two is None else [two])):
         kind = torch.float32 if net is vae else pick_dtype(dtype)
-        nn.Module.to(net.requires_grad_(False).eval(), pick_device(device), kind)   # silently, unlike net.to
+        nn.Module.to(net.requires_grad_(False).eval(), pick_device(device), kind)  # silently, unlike net.to
     quick_attention(unet, pick_device(device).type)
-    h, factor = unet.config.sample_size, 2**(len(vae.config.block_out_channels) - 1)
-    return Base(name, unet, vae, text_encoder, tokenizer, schedule, prediction_type, factor,
-                (vae.config.latent_channels, h, h), h*factor, folder, hash, **second)
+    h, factor = unet.config.sample_size, 2 ** (len(vae.config.block_out_channels) - 1)
+    return Base(
+        name,
+        unet,
+        vae,
+        text_encoder,
+        tokenizer,
+        schedule,
+        prediction_type,
+        factor,
+        (vae.config.latent_channels, h, h),
+        h * factor,
+        folder,
+        hash,
+        **second,
+    )
 
 # %% ../../nbs/03_models/02_base.ipynb #d3e74a0b
 def tiny_base(
-    g=None, # cpu torch.Generator for the weights; generator('tiny base') if None
-    prediction_type=None, # what the random U-Net is said to predict; None: what is usual for its kind
-    device='cpu', dtype='float32', # where the networks go, and their number format
-    kind='sd1', # 'sd1' and 'sdxl' predict noise, 'sd2' a velocity
+    g=None,  # cpu torch.Generator for the weights; generator('tiny base') if None
+    prediction_type=None,  # what the random U-Net is said to predict; None: what is usual for its kind
+    device="cpu",
+    dtype="float32",  # where the networks go, and their number format
+    kind="sd1",  # 'sd1' and 'sdxl' predict noise, 'sd2' a velocity
 ) -> Base:  # random weights, pictures of 16 pixels, latents (4,8,8)
     "Make a complete base with random weights in memory, for tests."
-    with torch.random.fork_rng(devices=[]): nets = tiny_networks(kind)
-    randomise(nets.values(), generator('tiny base') if g is None else g)
-    says = prediction_type or ('v_prediction' if kind == 'sd2' else 'epsilon')
-    raw = b''.join(v.numpy().tobytes() for net in nets.values() for v in net.state_dict().values())
-    second = dict(tokenizer_2=tiny_tokenizer(), zero_empty=True) if kind == 'sdxl' else {}
-    return make_base('tiny' if kind == 'sd1' else f'tiny-{kind}', **nets, tokenizer=tiny_tokenizer(),
-                     schedule=Schedule(), prediction_type=says, device=device, dtype=dtype,
-                     hash=sha256_bytes(raw + says.encode()), **second)
+    with torch.random.fork_rng(devices=[]):
+        nets = tiny_networks(kind)
+    randomise(nets.values(), generator("tiny base") if g is None else g)
+    says = prediction_type or ("v_prediction" if kind == "sd2" else "epsilon")
+    raw = b"".join(v.numpy().tobytes() for net in nets.values() for v in net.state_dict().values())
+    second = dict(tokenizer_2=tiny_tokenizer(), zero_empty=True) if kind == "sdxl" else {}
+    return make_base(
+        "tiny" if kind == "sd1" else f"tiny-{kind}",
+        **nets,
+        tokenizer=tiny_tokenizer(),
+        schedule=Schedule(),
+        prediction_type=says,
+        device=device,
+        dtype=dtype,
+        hash=sha256_bytes(raw + says.encode()),
+        **second,
+    )
 
 # %% ../../nbs/03_models/02_base.ipynb #184aa3b4
 def full_base(
-    kind='sd15', # 'sd15' or 'sd21'
-    latent=64,   # height and width of the latents
-    g=None,      # cpu torch.Generator for the weights; generator('full base') if None
-    device='cpu', dtype='float32', # where the networks go, and their number format
-    **change,    # other numbers of the U-Net's configuration
-) -> Base:       # random weights
+    kind="sd15",  # 'sd15' or 'sd21'
+    latent=64,  # height and width of the latents
+    g=None,  # cpu torch.Generator for the weights; generator('full base') if None
+    device="cpu",
+    dtype="float32",  # where the networks go, and their number format
+    **change,  # other numbers of the U-Net's configuration
+) -> Base:  # random weights
     "Make a base whose U-Net has the published size, to measure what it costs."
     from transformers import CLIPTextModel
-    g = generator('full base') if g is None else g
-    unet = published_unet(kind, 'cpu', g, sample_size=latent, **change)
+
+    g = generator("full base") if g is None else g
+    unet = published_unet(kind, "cpu", g, sample_size=latent, **change)
     with torch.random.fork_rng(devices=[]):
-        nets = tiny_networks(); config = nets['text_encoder'].config
+        nets = tiny_networks()
+        config = nets["text_encoder"].config
         config.hidden_size, config.max_position_embeddings = unet.config.cross_attention_dim, 77
         nets |= dict(unet=unet, text_encoder=CLIPTextModel(config))
-    randomise([nets['vae'], nets['text_encoder']], g)
-    return make_base(f'random-{kind}', **nets, tokenizer=tiny_tokenizer(77), schedule=Schedule(), dtype=dtype,
-                     prediction_type='v_prediction' if kind == 'sd21' else 'epsilon', device=device)
+    randomise([nets["vae"], nets["text_encoder"]], g)
+    return make_base(
+        f"random-{kind}",
+        **nets,
+        tokenizer=tiny_tokenizer(77),
+        schedule=Schedule(),
+        dtype=dtype,
+        prediction_type="v_prediction" if kind == "sd21" else "epsilon",
+        device=device,
+    )
 
 # %% ../../nbs/03_models/02_base.ipynb #5ea80d2f
 def _tokens(tokenizer, prompts, device):
-    return tokenizer(prompts, padding='max_length', max_length=tokenizer.model_max_length, truncation=True,
-                     return_tensors='pt').to(device)
+    return tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).to(device)
 
-def _encode_two(base, prompts): # the two texts side by side, and a last row with the pooled one
+
+def _encode_two(base, prompts):  # the two texts side by side, and a last row with the pooled one
     pairs = (base.tokenizer, base.text_encoder), (base.tokenizer_2, base.text_encoder_2)
     outs = [e(_tokens(t, prompts, e.device).input_ids, output_hidden_states=True) for t, e in pairs]
     words, pooled = torch.cat([o.hidden_states[-2] for o in outs], -1), outs[1][0]
     row = F.pad(pooled, (0, words.shape[-1] - pooled.shape[-1]))[:, None]
-    said = words.new_tensor([float(p != '' or not base.zero_empty) for p in prompts])
-    return torch.cat([words, row], 1)*said[:, None, None]
+    said = words.new_tensor([float(p != "" or not base.zero_empty) for p in prompts])
+    return torch.cat([words, row], 1) * said[:, None, None]
+
 
 @torch.no_grad()
 def encode_text(
-    base:Base,     # the model whose text encoder is used
-    prompts,       # a text, or a list of b texts; '' is the empty prompt of guidance
-) -> torch.Tensor: # embeddings (b,L,d), on the base's device; for SDXL (b,L+1,d), see `ask_unet`
+    base: Base,  # the model whose text encoder is used
+    prompts,  # a text, or a list of b texts; '' is the empty prompt of guidance
+) -> torch.Tensor:  # embeddings (b,L,d), on the base's device; for SDXL (b,L+1,d), see `ask_unet`
     "Encode prompts as the Stable Diffusion pipeline does."
-    if isinstance(prompts, str): prompts = [prompts]
-    if not (prompts := list(prompts)): raise ValueError('prompts is empty; pass at least one text')
-    if bad := [p for p in prompts if not isinstance(p, str)]: raise ValueError(f'{bad[0]!r} is not a text')
-    if base.text_encoder_2 is not None: return _encode_two(base, prompts)
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if not (prompts := list(prompts)):
+        raise ValueError("prompts is empty; pass at least one text")
+    if bad := [p for p in prompts if not isinstance(p, str)]:
+        raise ValueError(f"{bad[0]!r} is not a text")
+    if base.text_encoder_2 is not None:
+        return _encode_two(base, prompts)
     tokens = _tokens(base.tokenizer, prompts, base.text_encoder.device)
-    mask = tokens.attention_mask if getattr(base.text_encoder.config, 'use_attention_mask', None) else None
+    mask = tokens.attention_mask if getattr(base.text_encoder.config, "use_attention_mask", None) else None
     return base.text_encoder(tokens.input_ids, attention_mask=mask)[0]
 
 # %% ../../nbs/03_models/02_base.ipynb #e4dabedb
 def count_tokens(
-    base:Base, # the model whose tokenizer counts
-    prompts,   # list of b texts
-) -> list:     # tokens of each text, both end marks included, before any cut
+    base: Base,  # the model whose tokenizer counts
+    prompts,  # list of b texts
+) -> list:  # tokens of each text, both end marks included, before any cut
     "Count the tokens of prompts, to find the ones that would be cut."
     return [len(ids) for ids in base.tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
 
 # %% ../../nbs/03_models/02_base.ipynb #d65d8bb1
-def _scaling(vae): return vae.config.scaling_factor, getattr(vae.config, 'shift_factor', None) or 0.
+def _scaling(vae):
+    return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+
 
 @torch.no_grad()
 def encode_image(
-    base:Base,      # the model whose autoencoder is used
-    images,         # pictures (b,3,h,w) in [-1,1]
-    generator=None, # torch.Generator to draw from the code's distribution; None takes its mode
+    base: Base,  # the model whose autoencoder is used
+    images,  # pictures (b,3,h,w) in [-1,1]
+    generator=None,  # torch.Generator to draw from the code's distribution; None takes its mode
 ) -> torch.Tensor:  # latents (b,c,h,w), unit variance or nearly so, float32
     "Encode pictures to the latents that the U-Net works on."
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f'images have shape {tuple(images.shape)}; pass (b,3,h,w)')
-    if (top := images.abs().max()) > 1.001: raise ValueError(f'images reach {top:.3g}; scale them to [-1,1]')
+        raise ValueError(f"images have shape {tuple(images.shape)}; pass (b,3,h,w)")
+    if (top := images.abs().max()) > 1.001:
+        raise ValueError(f"images reach {top:.3g}; scale them to [-1,1]")
     images, (scaling, shift) = images.to(base.device, torch.float32).contiguous(), _scaling(base.vae)
     code = base.vae.encode(images)
-    if hasattr(code, 'latents'): z = code.latents
-    else: z = code.latent_dist.mode() if generator is None else code.latent_dist.sample(generator)
-    return (z - shift)*scaling
+    if hasattr(code, "latents"):
+        z = code.latents
+    else:
+        z = code.latent_dist.mode() if generator is None else code.latent_dist.sample(generator)
+    return (z - shift) * scaling
 
 # %% ../../nbs/03_models/02_base.ipynb #d71f7b97
 @torch.no_grad()
 def decode(
-    base:Base,     # the model whose autoencoder is used
-    latents,       # latents (b,c,h,w)
-) -> torch.Tensor: # pictures (b,3,h,w) in [-1,1], float32
+    base: Base,  # the model whose autoencoder is used
+    latents,  # latents (b,c,h,w)
+) -> torch.Tensor:  # pictures (b,3,h,w) in [-1,1], float32
     "Decode latents to pictures."
     scaling, shift = _scaling(base.vae)
-    z = latents.to(base.device, torch.float32).contiguous()/scaling + shift
+    z = latents.to(base.device, torch.float32).contiguous() / scaling + shift
     return base.vae.decode(z).sample.clamp(-1, 1)
 
 # %% ../../nbs/03_models/02_base.ipynb #9456b65e
 def to_uint8(
-    images, # pictures (b,3,h,w) in [-1,1]
-):          # numpy array (b,h,w,3) of bytes
+    images,  # pictures (b,3,h,w) in [-1,1]
+):  # numpy array (b,h,w,3) of bytes
     "Turn pictures into bytes, rounding as the diffusers pipeline does."
-    return ((images.float()/2 + .5).clamp(0, 1)*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 # %% ../../nbs/03_models/02_base.ipynb #caef536d
 def x0_from(
-    x,     # noisy pictures x0 + sigma*eps (b,c,h,w)
-    out,   # what the U-Net predicted (b,c,h,w)
-    sigma, # noise std relative to x0 (b,), >= 0
-    prediction_type='epsilon', # 'epsilon' or 'v_prediction'
-) -> torch.Tensor: # predicted clean pictures (b,c,h,w)
+    x,  # noisy pictures x0 + sigma*eps (b,c,h,w)
+    out,  # what the U-Net predicted (b,c,h,w)
+    sigma,  # noise std relative to x0 (b,), >= 0
+    prediction_type="epsilon",  # 'epsilon' or 'v_prediction'
+) -> torch.Tensor:  # predicted clean pictures (b,c,h,w)
     """Turn the U-Net's answer into a clean picture, where noise was added to the picture.
     Karras et al. 2022, eq. 7; Salimans and Ho 2022, appendix D, for v."""
     s = expand_as(sigma, x)
-    return x - s*out if prediction_type == 'epsilon' else x/(s**2 + 1) - s/(s**2 + 1)**.5*out
+    return x - s * out if prediction_type == "epsilon" else x / (s**2 + 1) - s / (s**2 + 1) ** 0.5 * out
 
 # %% ../../nbs/03_models/02_base.ipynb #a83529c0
 def guide(
-    out_c,      # prediction with the prompt (b,c,h,w)
-    out_u,      # prediction with the empty or negative prompt (b,c,h,w)
-    cfg_scale,  # guidance scale w; 1 means no guidance
-    rescale=0., # share of the guided prediction brought back to the contrast of out_c, in [0,1]
-) -> torch.Tensor: # guided prediction (b,c,h,w)
+    out_c,  # prediction with the prompt (b,c,h,w)
+    out_u,  # prediction with the empty or negative prompt (b,c,h,w)
+    guidance_scale,  # guidance scale w; 1 means no guidance
+    guidance_rescale=0.0,  # share of the guided prediction brought back to the contrast of out_c, in [0,1]
+) -> torch.Tensor:  # guided prediction (b,c,h,w)
     """Combine two predictions by classifier-free guidance, with optional rescaling.
     Ho and Salimans 2022, eq. 6; Lin et al. 2024, eq. 15 and 16."""
-    out = out_u + cfg_scale*(out_c - out_u)
-    if not rescale: return out
+    out = out_u + guidance_scale * (out_c - out_u)
+    if not guidance_rescale:
+        return out
     dims = tuple(range(1, out.ndim))
-    return out*(rescale*out_c.std(dims, keepdim=True)/out.std(dims, keepdim=True) + 1 - rescale)
+    return out * (
+        guidance_rescale * out_c.std(dims, keepdim=True) / out.std(dims, keepdim=True) + 1 - guidance_rescale
+    )
 
 # %% ../../nbs/03_models/02_base.ipynb #2b29c1bc
 def with_sizes(
-    base:Base, # an SDXL base
-    context,   # embeddings (b,L+1,d) of `encode_text`
-    original=None, crop=None, target=None, # (height,width) in pixels, or (b,2); None keeps what is there
-) -> torch.Tensor: # embeddings that carry the sizes
+    base: Base,  # an SDXL base
+    context,  # embeddings (b,L+1,d) of `encode_text`
+    original=None,
+    crop=None,
+    target=None,  # (height,width) in pixels, or (b,2); None keeps what is there
+) -> torch.Tensor:  # embeddings that carry the sizes
     "Tell an SDXL base how large a picture was, where it was cropped, what it became."
-    if base.text_encoder_2 is None: raise ValueError(f'base {base.name!r} is told no sizes; only SDXL is')
+    if base.text_encoder_2 is None:
+        raise ValueError(f"base {base.name!r} is told no sizes; only SDXL is")
     context = context.clone()
     for i, pair in enumerate((original, crop, target)):
-        place = context[:, -1, context.shape[-1] - 6 + 2*i:][:, :2]
-        if pair is not None: place.copy_(torch.as_tensor(pair).expand_as(place))
+        place = context[:, -1, context.shape[-1] - 6 + 2 * i :][:, :2]
+        if pair is not None:
+            place.copy_(torch.as_tensor(pair).expand_as(place))
     return context
 
-def same_sizes(base, context, like): # contexts (1 or b,L,d); the sizes of `like` are wanted
+
+def same_sizes(base, context, like):  # contexts (1 or b,L,d); the sizes of `like` are wanted
     "Give a context the sizes of another, as guidance and dropped captions need."
-    if base.text_encoder_2 is None: return context
+    if base.text_encoder_2 is None:
+        return context
     context = context.expand(max(len(context), len(like)), -1, -1).clone()
     context[:, -1, -6:] = like[:, -1, -6:]
     return context
 
 # %% ../../nbs/03_models/02_base.ipynb #e432196f
-def ask_unet(
-    base:Base, # the model
-    xt,        # noisy latents of unit variance (b,c,h,w), in the base's number format
-    t,         # timesteps (b,)
-    context,   # embeddings (b,L,d), or (b,L+1,d) for SDXL
-) -> torch.Tensor: # what the U-Net predicts (b,c,h,w)
+def predict_unet(
+    base: Base,  # the model
+    xt,  # noisy latents of unit variance (b,c,h,w), in the base's number format
+    t,  # timesteps (b,)
+    context,  # embeddings (b,L,d), or (b,L+1,d) for SDXL
+) -> torch.Tensor:  # what the U-Net predicts (b,c,h,w)
     "Ask the U-Net with all that it wants to be told."
-    if base.text_encoder_2 is None: return base.unet(xt, t, encoder_hidden_states=context).sample
-    h, w = (n*base.scale_factor for n in xt.shape[-2:])
+    if base.text_encoder_2 is None:
+        return base.unet(xt, t, encoder_hidden_states=context).sample
+    h, w = (n * base.scale_factor for n in xt.shape[-2:])
     told, drawn = context[:, -1, -6:], context.new_tensor([h, w, 0, 0, h, w])
-    more = dict(text_embeds=context[:, -1, :base.text_encoder_2.config.projection_dim],
-                time_ids=torch.where(told > 0, told, drawn))
+    more = dict(
+        text_embeds=context[:, -1, : base.text_encoder_2.config.projection_dim],
+        time_ids=torch.where(told > 0, told, drawn),
+    )
     return base.unet(xt, t, encoder_hidden_states=context[:, :-1], added_cond_kwargs=more).sample
 
-def check_context(base, context, name='contexts'): # embeddings, and what to call them in a message
+
+def check_context(base, context, name="contexts"):  # embeddings, and what to call them in a message
     "Refuse text embeddings of another kind of base."
     d, L = base.unet.config.cross_attention_dim, base.tokenizer.model_max_length + 1
-    rows = 'L' if base.text_encoder_2 is None else L
-    if context.ndim != 3 or context.shape[-1] != d or rows not in ('L', context.shape[1]): raise ValueError(
-        f'{name}: {tuple(context.shape)} is not (b,{rows},{d}); pass encode_text(base, prompts)')
+    rows = "L" if base.text_encoder_2 is None else L
+    if context.ndim != 3 or context.shape[-1] != d or rows not in ("L", context.shape[1]):
+        raise ValueError(
+            f"{name}: {tuple(context.shape)} is not (b,{rows},{d}); pass encode_text(base, prompts)"
+        )
 
 # %% ../../nbs/03_models/02_base.ipynb #08039288
 class EpsModel:
     "Show a base to samplers as model(x, sigma) -> x0_hat; made by `denoiser`."
-    def __init__(self, base, cond, uncond, cfg_scale, rescale):
-        self.base, self.cond, self.uncond = base, cond, uncond
-        self.cfg_scale, self.rescale, self.nfe = cfg_scale, rescale, 0
 
-    def predict(self, xt, t): # noisy latents of unit variance (b,c,h,w), timesteps (b,)
+    def __init__(self, base, cond, uncond, guidance_scale, guidance_rescale):
+        self.base, self.cond, self.uncond = base, cond, uncond
+        self.guidance_scale, self.guidance_rescale, self.nfe = guidance_scale, guidance_rescale, 0
+
+    def predict(self, xt, t):  # noisy latents of unit variance (b,c,h,w), timesteps (b,)
         "Ask the U-Net, with guidance if there is any."
         cond = self.cond.expand(len(xt), -1, -1)
-        if self.uncond is None: return ask_unet(self.base, xt, t, cond).float()
+        if self.uncond is None:
+            return predict_unet(self.base, xt, t, cond).float()
         both = torch.cat([cond, self.uncond.expand(len(xt), -1, -1)])
-        out = ask_unet(self.base, xt.repeat(2, 1, 1, 1), t.repeat(2), both).float()
-        return guide(*out.chunk(2), self.cfg_scale, self.rescale)
+        out = predict_unet(self.base, xt.repeat(2, 1, 1, 1), t.repeat(2), both).float()
+        return guide(*out.chunk(2), self.guidance_scale, self.guidance_rescale)
 
     @torch.no_grad()
-    def __call__(self, x, sigma): # noisy pictures x0 + sigma*eps (b,c,h,w), noise std: a number or (b,)
+    def __call__(self, x, sigma):  # noisy pictures x0 + sigma*eps (b,c,h,w), noise std: a number or (b,)
         "Predict the clean pictures (b,c,h,w)."
         self.nfe += 1
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu().expand(len(x))
         t, sigma = self.base.schedule.t_at(sigma).to(x.device, torch.float32), sigma.to(x.device, x.dtype)
-        out = self.predict((x/expand_as(sigma**2 + 1, x)**.5).to(self.base.dtype), t)
+        out = self.predict((x / expand_as(sigma**2 + 1, x) ** 0.5).to(self.base.dtype), t)
         return x0_from(x, out.to(x.dtype), sigma, self.base.prediction_type)
 
 # %% ../../nbs/03_models/02_base.ipynb #f7d96526
 def denoiser(
-    base:Base,    # the model
-    cond,         # embeddings of the prompts (b,L,d), or (1,L,d) for all pictures
+    base: Base,  # the model
+    cond,  # embeddings of the prompts (b,L,d), or (1,L,d) for all pictures
     uncond=None,  # embeddings of the negative prompts, same shapes; the empty prompt if None
-    cfg_scale=1., # guidance scale; 1 skips the unconditional pass
-    rescale=0.,   # guidance rescale in [0,1]
-) -> EpsModel:    # callable model(x, sigma) -> x0_hat, with x = x0 + sigma*eps; counts calls in .nfe
+    guidance_scale=1.0,  # guidance scale; 1 skips the unconditional pass
+    guidance_rescale=0.0,  # guidance rescale in [0,1]
+) -> EpsModel:  # callable model(x, sigma) -> x0_hat, with x = x0 + sigma*eps; counts calls in .nfe
     "Wrap a base and its prompts into the function that samplers see."
-    if not 0 <= rescale <= 1: raise ValueError(f'rescale={rescale!r}; use a share from 0 to 1')
-    check_context(base, cond, 'cond')
-    if cfg_scale == 1: uncond = None
-    else: uncond = same_sizes(base, encode_text(base, '') if uncond is None else uncond, cond)
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale={guidance_rescale!r}; use a share from 0 to 1")
+    check_context(base, cond, "cond")
+    if guidance_scale == 1:
+        uncond = None
+    else:
+        uncond = same_sizes(base, encode_text(base, "") if uncond is None else uncond, cond)
     cond, uncond = (None if c is None else c.to(base.device, base.dtype) for c in (cond, uncond))
-    return EpsModel(base, cond, uncond, cfg_scale, rescale)
+    return EpsModel(base, cond, uncond, guidance_scale, guidance_rescale)

@@ -19,294 +19,435 @@ from .tiny import TINY
 from ..noise.schedule import schedule_from_config
 
 # %% ../../nbs/03_models/03_load.ipynb #dbd26284
-PARTS = {'unet': '*.safetensors', 'vae': '*.safetensors', 'text_encoder': '*.safetensors',
-         'tokenizer': '*.json', 'scheduler': 'scheduler_config.json'} # what each part of a base must hold
-SECOND = {'text_encoder_2': '*.safetensors', 'tokenizer_2': '*.json'} # what SDXL has besides
-PICKLES = ('.ckpt', '.pt', '.pth', '.bin', '.pkl') # formats that can run code when they are read
+PARTS = {
+    "unet": "*.safetensors",
+    "vae": "*.safetensors",
+    "text_encoder": "*.safetensors",
+    "tokenizer": "*.json",
+    "scheduler": "scheduler_config.json",
+}  # what each part of a base must hold
+SECOND = {"text_encoder_2": "*.safetensors", "tokenizer_2": "*.json"}  # what SDXL has besides
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")  # formats that can run code when they are read
+
 
 def part_problem(
     folder,  # diffusers folder
-    part,    # one of PARTS or SECOND
-) -> str:    # what is wrong with it; '' if nothing
+    part,  # one of PARTS or SECOND
+) -> str:  # what is wrong with it; '' if nothing
     "Say what is missing in one part of a base."
-    here, pattern = Path(folder)/part, (PARTS | SECOND)[part]
-    if not here.is_dir(): return f'{part}/ is missing'
+    here, pattern = Path(folder) / part, (PARTS | SECOND)[part]
+    if not here.is_dir():
+        return f"{part}/ is missing"
     if list(here.glob(pattern)):
-        lacks = pattern == '*.safetensors' and not (here/'config.json').exists()
-        return f'{part}/config.json is missing' if lacks else ''
+        lacks = pattern == "*.safetensors" and not (here / "config.json").exists()
+        return f"{part}/config.json is missing" if lacks else ""
     if any(f.suffix in PICKLES for f in here.iterdir()):
-        return f'{part}/ has only pickle weights, which can run code and are refused'
-    return f'{part}/{pattern} is missing'
+        return f"{part}/ has only pickle weights, which can run code and are refused"
+    return f"{part}/{pattern} is missing"
 
 # %% ../../nbs/03_models/03_load.ipynb #473b6633
 def _facts(file):
-    try: return read_json(file)
-    except (OSError, ValueError): return {}
+    try:
+        return read_json(file)
+    except (OSError, ValueError):
+        return {}
+
 
 def wants_two(
-    folder, # diffusers folder
+    folder,  # diffusers folder
 ) -> bool:  # whether it needs two text encoders
     "Recognise the folder of SDXL."
-    named = 'XL' in str(_facts(Path(folder)/'model_index.json').get('_class_name'))
-    told = _facts(Path(folder)/'unet'/'config.json').get('addition_embed_type') == 'text_time'
-    return named or told or (Path(folder)/'text_encoder_2').is_dir()
+    named = "XL" in str(_facts(Path(folder) / "model_index.json").get("_class_name"))
+    told = _facts(Path(folder) / "unet" / "config.json").get("addition_embed_type") == "text_time"
+    return named or told or (Path(folder) / "text_encoder_2").is_dir()
+
 
 def check_base_folder(
-    folder, # diffusers folder of a Stable Diffusion pipeline
+    folder,  # diffusers folder of a Stable Diffusion pipeline
 ) -> list:  # problems, one text each; empty if all is well
     "List what is missing in the folder of a base."
-    folder, index = Path(folder), _facts(Path(folder)/'model_index.json')
-    if index.get('requires_aesthetics_score') or (wants_two(folder) and 'text_encoder' in index
-                                                  and not any(index['text_encoder'] or [])):
-        return ['it is the refiner of SDXL, which only finishes what its base has begun; take the base']
-    if (folder/'transformer').is_dir() and not (folder/'unet').exists():
-        return ['it has a transformer instead of a U-Net (such as SD 3 or Flux), which cannot be used here']
+    folder, index = Path(folder), _facts(Path(folder) / "model_index.json")
+    if index.get("requires_aesthetics_score") or (
+        wants_two(folder) and "text_encoder" in index and not any(index["text_encoder"] or [])
+    ):
+        return ["it is the refiner of SDXL, which only finishes what its base has begun; take the base"]
+    if (folder / "transformer").is_dir() and not (folder / "unet").exists():
+        return ["it has a transformer instead of a U-Net (such as SD 3 or Flux), which cannot be used here"]
     return [p for part in PARTS | (SECOND if wants_two(folder) else {}) if (p := part_problem(folder, part))]
 
 # %% ../../nbs/03_models/03_load.ipynb #e3c934e3
 def load_part(
-    cls,    # class of the network
-    folder, # diffusers folder
-    part,   # name of the network in it
-) -> nn.Module: # float32
+    cls,  # class of the network
+    folder,  # diffusers folder
+    part,  # name of the network in it
+) -> nn.Module:  # float32
     "Load one network of a base folder, complete or not at all."
-    plain = any('.fp16.' not in f.name for f in (folder/part).glob('*.safetensors'))
-    with quiet(): net, info = cls.from_pretrained(
-        folder/part, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
-        variant=None if plain else 'fp16', output_loading_info=True)
-    missing = sorted([*info.get('missing_keys', ()), *(k[0] for k in info.get('mismatched_keys', ()))])
-    if missing: raise ValueError(f'{len(missing)} tensors are missing or misshapen, first {missing[0]}')
+    plain = any(".fp16." not in f.name for f in (folder / part).glob("*.safetensors"))
+    with quiet():
+        net, info = cls.from_pretrained(
+            folder / part,
+            use_safetensors=True,
+            local_files_only=True,
+            torch_dtype=torch.float32,
+            variant=None if plain else "fp16",
+            output_loading_info=True,
+        )
+    missing = sorted([*info.get("missing_keys", ()), *(k[0] for k in info.get("mismatched_keys", ()))])
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing or misshapen, first {missing[0]}")
     return net
 
-def first_line(e): # an exception
+
+def first_line(e):  # an exception
     "Shorten an error to its kind and its first line."
-    return f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:160]}'
+    return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:160]}"
 
 # %% ../../nbs/03_models/03_load.ipynb #ea022d18
 def find_vae(
-    vae,           # a diffusers folder, a .safetensors file, or a hub id such as 'stabilityai/sd-vae-ft-mse'
-    offline=False, # never touch the network
-) -> Path:         # a file, or the folder that holds config.json
+    vae,  # a diffusers folder, a .safetensors file, or a hub id such as 'stabilityai/sd-vae-ft-mse'
+    offline=False,  # never touch the network
+) -> Path:  # a file, or the folder that holds config.json
     "Find an autoencoder, or say in one sentence why not."
     path = Path(vae).expanduser()
-    if path.suffix in PICKLES: raise ValueError(
-        f'vae {str(vae)!r} is a pickle, which can run code when it is read, so it is refused; take its '
-        '.safetensors file')
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"vae {str(vae)!r} is a pickle, which can run code when it is read, so it is refused; take its "
+            ".safetensors file"
+        )
     if path.is_dir():
-        path = path/'vae' if (path/'vae').is_dir() else path
-        if not ((path/'config.json').exists() and list(path.glob('*.safetensors'))):
-            raise ValueError(f'vae {str(vae)!r}: config.json or *.safetensors is missing in {path.name}/')
+        path = path / "vae" if (path / "vae").is_dir() else path
+        if not ((path / "config.json").exists() and list(path.glob("*.safetensors"))):
+            raise ValueError(f"vae {str(vae)!r}: config.json or *.safetensors is missing in {path.name}/")
         return path
-    if path.is_file(): return path
-    if str(vae).count('/') != 1 or str(vae)[0] in './~': raise FileNotFoundError(
-        f'vae {str(vae)!r} does not exist; use a diffusers folder, a .safetensors file, or a hub id')
+    if path.is_file():
+        return path
+    if str(vae).count("/") != 1 or str(vae)[0] in "./~":
+        raise FileNotFoundError(
+            f"vae {str(vae)!r} does not exist; use a diffusers folder, a .safetensors file, or a hub id"
+        )
     return _fetch_vae(str(vae), offline)
 
 # %% ../../nbs/03_models/03_load.ipynb #26e689da
 def _fetch_vae(name, offline):
     from huggingface_hub import snapshot_download
-    names = ['config.json', 'diffusion_pytorch_model.safetensors']
-    try: folder = snapshot_download(name, allow_patterns=[*names, *(f'vae/{n}' for n in names)],
-                                    local_files_only=offline)
-    except Exception as e: raise ValueError(
-        f'vae {name!r} is not on this machine and could not be fetched from the hub ({first_line(e)}). Check '
-        'the spelling and the network, or download it once and give its folder or file') from e
+
+    names = ["config.json", "diffusion_pytorch_model.safetensors"]
+    try:
+        folder = snapshot_download(
+            name, allow_patterns=[*names, *(f"vae/{n}" for n in names)], local_files_only=offline
+        )
+    except Exception as e:
+        raise ValueError(
+            f"vae {name!r} is not on this machine and could not be fetched from the hub ({first_line(e)}). Check "
+            "the spelling and the network, or download it once and give its folder or file"
+        ) from e
     return find_vae(folder)
 
 # %% ../../nbs/03_models/03_load.ipynb #b597ae9f
 def load_vae(
-    path, # as found by `find_vae`
-    like, # the autoencoder that is replaced
-) -> nn.Module: # float32
+    path,  # as found by `find_vae`
+    like,  # the autoencoder that is replaced
+) -> nn.Module:  # float32
     "Read an autoencoder, complete or not at all."
     import diffusers as d
+
     try:
         if path.is_dir():
-            name = read_json(path/'config.json').get('_class_name')
-            if name not in ('AutoencoderKL', 'AutoencoderTiny'): raise ValueError(f'its class is {name}')
+            name = read_json(path / "config.json").get("_class_name")
+            if name not in ("AutoencoderKL", "AutoencoderTiny"):
+                raise ValueError(f"its class is {name}")
             return load_part(getattr(d, name), path.parent, path.name)
-        if not hasattr(like, 'from_single_file'): raise ValueError(
-            f'the autoencoder of this base is a {type(like).__name__}, which is not read from a single file')
+        if not hasattr(like, "from_single_file"):
+            raise ValueError(
+                f"the autoencoder of this base is a {type(like).__name__}, which is not read from a single file"
+            )
         with tempfile.TemporaryDirectory() as place, quiet():
             like.save_config(place)
             net = type(like).from_single_file(str(path), config=place, torch_dtype=torch.float32)
         lost = [k for k, v in net.state_dict().items() if v.is_meta]
-        if lost: raise ValueError(f'{len(lost)} tensors are missing, first {lost[0]}')
+        if lost:
+            raise ValueError(f"{len(lost)} tensors are missing, first {lost[0]}")
         return net
-    except Exception as e: raise ValueError(f'vae {str(path)!r} is damaged or of another kind '
-                                            f'({first_line(e)}). Download it again, or take another.') from e
+    except Exception as e:
+        raise ValueError(
+            f"vae {str(path)!r} is damaged or of another kind "
+            f"({first_line(e)}). Download it again, or take another."
+        ) from e
 
 # %% ../../nbs/03_models/03_load.ipynb #b527ec02
 def with_vae(
-    base:Base, # the model; it keeps its autoencoder
-    path,      # as found by `find_vae`
-) -> Base:     # the same networks with another autoencoder, and another hash
+    base: Base,  # the model; it keeps its autoencoder
+    path,  # as found by `find_vae`
+) -> Base:  # the same networks with another autoencoder, and another hash
     "Exchange the autoencoder of a base for one that fits."
     vae = load_vae(path, base.vae).requires_grad_(False).eval()
-    def numbers(v): return (v.config.latent_channels, 2**(len(v.config.block_out_channels) - 1),
-                            round(v.config.scaling_factor, 5))
-    names = 'latent channels', 'pixels per latent', 'scaling factor'
+
+    def numbers(v):
+        return (
+            v.config.latent_channels,
+            2 ** (len(v.config.block_out_channels) - 1),
+            round(v.config.scaling_factor, 5),
+        )
+
+    names = "latent channels", "pixels per latent", "scaling factor"
     rows = zip(names, numbers(base.vae), numbers(vae))
-    if odd := [f'{name} {b} instead of {a}' for name, a, b in rows if a != b]: raise ValueError(
-        f'vae {str(path)!r} does not fit base {base.name!r}: {", ".join(odd)}. Its latents are not those '
-        'that the U-Net knows; take one that was made for this kind of base')
-    raw = b''.join(v.cpu().numpy().tobytes() for v in vae.state_dict().values())
+    if odd := [f"{name} {b} instead of {a}" for name, a, b in rows if a != b]:
+        raise ValueError(
+            f"vae {str(path)!r} does not fit base {base.name!r}: {', '.join(odd)}. Its latents are not those "
+            "that the U-Net knows; take one that was made for this kind of base"
+        )
+    raw = b"".join(v.cpu().numpy().tobytes() for v in vae.state_dict().values())
     return replace(base, vae=vae.to(base.device), hash=sha256_bytes(base.hash + sha256_bytes(raw)))
 
 # %% ../../nbs/03_models/03_load.ipynb #0729c9f3
-def _plan(config): # of a scheduler
+def _plan(config):  # of a scheduler
     "Read schedule and prediction type, or say why they cannot be used."
-    kind = config.get('_class_name') or ''
-    if 'EDM' in kind or 'Flow' in kind: raise ValueError(f'{kind} belongs to another family of models')
-    if config.get('rescale_betas_zero_snr'): raise ValueError('zero terminal SNR is not supported')
-    return schedule_from_config(config), config.get('prediction_type', 'epsilon')
+    kind = config.get("_class_name") or ""
+    if "EDM" in kind or "Flow" in kind:
+        raise ValueError(f"{kind} belongs to another family of models")
+    if config.get("rescale_betas_zero_snr"):
+        raise ValueError("zero terminal SNR is not supported")
+    return schedule_from_config(config), config.get("prediction_type", "epsilon")
+
 
 def _read_parts(folder, blame):
     "Read all parts of a base folder; blame holds the part at work. Two dicts: what all have, what SDXL has."
     import diffusers as d, transformers as t
-    def net(part, cls): blame[0] = part; return load_part(cls, folder, part)
+
+    def net(part, cls):
+        blame[0] = part
+        return load_part(cls, folder, part)
+
     def words(part):
-        blame[0] = part; return t.CLIPTokenizer.from_pretrained(folder/part, local_files_only=True)
-    blame[0] = 'scheduler'; schedule, says = _plan(read_json(folder/'scheduler'/PARTS['scheduler']))
-    blame[0] = 'vae'; vae = getattr(d, read_json(folder/'vae'/'config.json')['_class_name'])
-    first = dict(unet=net('unet', d.UNet2DConditionModel), vae=net('vae', vae), tokenizer=words('tokenizer'),
-                 text_encoder=net('text_encoder', t.CLIPTextModel), schedule=schedule, prediction_type=says)
-    if not wants_two(folder): return first, {}
-    index = read_json(file) if (file := folder/'model_index.json').exists() else {}
-    two = net('text_encoder_2', t.CLIPTextModelWithProjection)
-    return first, dict(text_encoder_2=two, tokenizer_2=words('tokenizer_2'),
-                       zero_empty=index.get('force_zeros_for_empty_prompt', True))
+        blame[0] = part
+        return t.CLIPTokenizer.from_pretrained(folder / part, local_files_only=True)
+
+    blame[0] = "scheduler"
+    schedule, says = _plan(read_json(folder / "scheduler" / PARTS["scheduler"]))
+    blame[0] = "vae"
+    vae = getattr(d, read_json(folder / "vae" / "config.json")["_class_name"])
+    first = dict(
+        unet=net("unet", d.UNet2DConditionModel),
+        vae=net("vae", vae),
+        tokenizer=words("tokenizer"),
+        text_encoder=net("text_encoder", t.CLIPTextModel),
+        schedule=schedule,
+        prediction_type=says,
+    )
+    if not wants_two(folder):
+        return first, {}
+    index = read_json(file) if (file := folder / "model_index.json").exists() else {}
+    two = net("text_encoder_2", t.CLIPTextModelWithProjection)
+    return first, dict(
+        text_encoder_2=two,
+        tokenizer_2=words("tokenizer_2"),
+        zero_empty=index.get("force_zeros_for_empty_prompt", True),
+    )
 
 # %% ../../nbs/03_models/03_load.ipynb #34238ebe
 def load_folder(
-    folder, # diffusers folder
-    name,   # what the user called it
-    device='cpu', dtype='float32', # where the networks go, and their number format
+    folder,  # diffusers folder
+    name,  # what the user called it
+    device="cpu",
+    dtype="float32",  # where the networks go, and their number format
 ) -> Base:  # frozen, with the hash of its files
     "Load a base from a diffusers folder, with the loaders of diffusers and transformers."
-    folder, blame = Path(folder), ['']
-    if problems := check_base_folder(folder): raise ValueError(
-        f'base {name!r} is not a complete Stable Diffusion folder: {"; ".join(problems)}. '
-        'Download it again, or save it again with safetensors weights.')
-    try: first, second = _read_parts(folder, blame)
-    except Exception as e: raise ValueError(f'base {name!r}: {blame[0]} is damaged or of another kind '
-                                            f'({first_line(e)}). Download or save it again.') from e
-    files = [f for p in PARTS | (SECOND if second else {}) for f in (folder/p).rglob('*')
-             if f.suffix in ('.json', '.txt', '.safetensors')]
-    return make_base(name, **first, **second, device=device, dtype=dtype, folder=folder,
-                     hash=hash_files(files))
+    folder, blame = Path(folder), [""]
+    if problems := check_base_folder(folder):
+        raise ValueError(
+            f"base {name!r} is not a complete Stable Diffusion folder: {'; '.join(problems)}. "
+            "Download it again, or save it again with safetensors weights."
+        )
+    try:
+        first, second = _read_parts(folder, blame)
+    except Exception as e:
+        raise ValueError(
+            f"base {name!r}: {blame[0]} is damaged or of another kind "
+            f"({first_line(e)}). Download or save it again."
+        ) from e
+    files = [
+        f
+        for p in PARTS | (SECOND if second else {})
+        for f in (folder / p).rglob("*")
+        if f.suffix in (".json", ".txt", ".safetensors")
+    ]
+    return make_base(
+        name, **first, **second, device=device, dtype=dtype, folder=folder, hash=hash_files(files)
+    )
 
 # %% ../../nbs/03_models/03_load.ipynb #f2fd16cb
 def _scheduler(base):
     "Describe a base's schedule to diffusers: by name if it knows one, else as a table."
     from diffusers import DDIMScheduler
-    betas, named = base.schedule.betas, base.schedule.name in ('scaled_linear', 'linear')
+
+    betas, named = base.schedule.betas, base.schedule.name in ("scaled_linear", "linear")
     return DDIMScheduler(
-        num_train_timesteps=len(betas), beta_start=float(betas[0]), beta_end=float(betas[-1]),
-        beta_schedule=base.schedule.name if named else 'linear',
+        num_train_timesteps=len(betas),
+        beta_start=float(betas[0]),
+        beta_end=float(betas[-1]),
+        beta_schedule=base.schedule.name if named else "linear",
         trained_betas=None if named else betas.tolist(),
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=base.prediction_type)
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=base.prediction_type,
+    )
 
 # %% ../../nbs/03_models/03_load.ipynb #47e54124
 def save_base(
-    base:Base, # the model
-    folder,    # target folder, readable by StableDiffusionPipeline.from_pretrained
-    dtype='float16', # number format of the stored weights
-) -> Path:     # the folder
+    base: Base,  # the model
+    folder,  # target folder, readable by StableDiffusionPipeline.from_pretrained
+    dtype="float16",  # number format of the stored weights
+) -> Path:  # the folder
     "Save a base as a diffusers pipeline folder with safetensors weights."
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
     two = base.text_encoder_2 is not None
-    nets = {k: nn.Module.to(deepcopy(getattr(base, k)), 'cpu', pick_dtype(dtype))
-            for k in ('unet', 'vae', 'text_encoder', *['text_encoder_2']*two)}
+    nets = {
+        k: nn.Module.to(deepcopy(getattr(base, k)), "cpu", pick_dtype(dtype))
+        for k in ("unet", "vae", "text_encoder", *["text_encoder_2"] * two)
+    }
     parts = nets | dict(tokenizer=base.tokenizer, scheduler=_scheduler(base))
-    if two: pipe = StableDiffusionXLPipeline(
-        **parts, tokenizer_2=base.tokenizer_2, add_watermarker=False,
-        force_zeros_for_empty_prompt=base.zero_empty)
-    else: pipe = StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    with quiet(): pipe.save_pretrained(folder, safe_serialization=True)
+    if two:
+        pipe = StableDiffusionXLPipeline(
+            **parts,
+            tokenizer_2=base.tokenizer_2,
+            add_watermarker=False,
+            force_zeros_for_empty_prompt=base.zero_empty,
+        )
+    else:
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    with quiet():
+        pipe.save_pretrained(folder, safe_serialization=True)
     return Path(folder)
 
 # %% ../../nbs/03_models/03_load.ipynb #1a5b820a
 def load_hub(
-    name,          # hub id such as 'owner/model'
-    revision=None, # branch, tag or commit
+    name,  # hub id such as 'owner/model'
+    revision=None,  # branch, tag or commit
     variant=None,  # 'fp16' for the half-precision files, where the hub has them
-    offline=False, # use the local cache only
-) -> Path:         # folder in the local cache
+    offline=False,  # use the local cache only
+) -> Path:  # folder in the local cache
     "Download a base from the hub, or find it in the local cache."
     from diffusers import DiffusionPipeline
+
     try:
-        with quiet(): return Path(DiffusionPipeline.download(
-            name, revision=revision, variant=variant, local_files_only=offline, use_safetensors=True,
-            safety_checker=None, feature_extractor=None))
-    except Exception as e: raise ValueError(
-        f'base {name!r} is not on this machine and could not be fetched from the hub ({first_line(e)}). '
-        'Check the spelling and the network, or download it once where there is one and give its folder; '
-        "base='embedded' needs no network.") from e
+        with quiet():
+            return Path(
+                DiffusionPipeline.download(
+                    name,
+                    revision=revision,
+                    variant=variant,
+                    local_files_only=offline,
+                    use_safetensors=True,
+                    safety_checker=None,
+                    feature_extractor=None,
+                )
+            )
+    except Exception as e:
+        raise ValueError(
+            f"base {name!r} is not on this machine and could not be fetched from the hub ({first_line(e)}). "
+            "Check the spelling and the network, or download it once where there is one and give its folder; "
+            "base='embedded' needs no network."
+        ) from e
 
 # %% ../../nbs/03_models/03_load.ipynb #767f7538
 def kind_of_file(
-    path, # checkpoint .safetensors
-) -> str: # 'sd' or 'sdxl'
+    path,  # checkpoint .safetensors
+) -> str:  # 'sd' or 'sdxl'
     "Tell from the names of its tensors what a checkpoint is, or why it is no base."
     from safetensors import safe_open
-    with safe_open(path, 'pt') as f: names = list(f.keys())
-    def has(*heads): return all(any(n.startswith(h) for n in names) for h in heads)
-    if any('lora' in n for n in names): raise ValueError('it is a LoRA; load a base, then the LoRA into it')
-    if has('conditioner.embedders.0.model.'): raise ValueError('it is the refiner of SDXL; take its base')
-    if has('encoder.', 'decoder.'): raise ValueError('it is an autoencoder alone; pass it as vae=...')
-    wanted = {'model.diffusion_model.': 'U-Net', 'first_stage_model.': 'autoencoder'}
-    two = has('conditioner.')
-    wanted |= {'conditioner.embedders.0.': 'text encoder', 'conditioner.embedders.1.': 'second text encoder'
-               } if two else {'cond_stage_model.': 'text encoder'}
+
+    with safe_open(path, "pt") as f:
+        names = list(f.keys())
+
+    def has(*heads):
+        return all(any(n.startswith(h) for n in names) for h in heads)
+
+    if any("lora" in n for n in names):
+        raise ValueError("it is a LoRA; load a base, then the LoRA into it")
+    if has("conditioner.embedders.0.model."):
+        raise ValueError("it is the refiner of SDXL; take its base")
+    if has("encoder.", "decoder."):
+        raise ValueError("it is an autoencoder alone; pass it as vae=...")
+    wanted = {"model.diffusion_model.": "U-Net", "first_stage_model.": "autoencoder"}
+    two = has("conditioner.")
+    wanted |= (
+        {"conditioner.embedders.0.": "text encoder", "conditioner.embedders.1.": "second text encoder"}
+        if two
+        else {"cond_stage_model.": "text encoder"}
+    )
     if lost := [what for head, what in wanted.items() if not has(head)]:
-        raise ValueError(f'it has no {", no ".join(lost)}')
-    return 'sdxl' if two else 'sd'
+        raise ValueError(f"it has no {', no '.join(lost)}")
+    return "sdxl" if two else "sd"
 
 # %% ../../nbs/03_models/03_load.ipynb #56842f58
 def load_file(
-    path, name, # checkpoint .safetensors, and what the user called it
-    device='cpu', dtype='float32', # where the networks go, and their number format
-    config=None,   # diffusers folder or hub id that lends configuration and tokenizer
-    offline=False, # use local files only
-) -> Base:     # frozen, with the hash of the file
+    path,
+    name,  # checkpoint .safetensors, and what the user called it
+    device="cpu",
+    dtype="float32",  # where the networks go, and their number format
+    config=None,  # diffusers folder or hub id that lends configuration and tokenizer
+    offline=False,  # use local files only
+) -> Base:  # frozen, with the hash of the file
     "Load a base from a single-file checkpoint of Stable Diffusion 1.x, 2.x or SDXL."
     import diffusers as d
+
     more = dict(local_files_only=offline, config=config if config is None else str(config))
     try:
-        two = kind_of_file(path) == 'sdxl'
-        more |= dict(add_watermarker=False) if two else dict(
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        two = kind_of_file(path) == "sdxl"
+        more |= (
+            dict(add_watermarker=False)
+            if two
+            else dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        )
         cls = d.StableDiffusionXLPipeline if two else d.StableDiffusionPipeline
-        with quiet(): pipe = cls.from_single_file(str(path), torch_dtype=torch.float32, **more)
+        with quiet():
+            pipe = cls.from_single_file(str(path), torch_dtype=torch.float32, **more)
         schedule, says = _plan(pipe.scheduler.config)
-    except Exception as e: raise ValueError(
-        f'base {name!r} could not be read as a Stable Diffusion checkpoint ({first_line(e)}). It must be a '
-        'whole model, not a LoRA; without a network pass config=<a diffusers folder of its kind>.') from e
+    except Exception as e:
+        raise ValueError(
+            f"base {name!r} could not be read as a Stable Diffusion checkpoint ({first_line(e)}). It must be a "
+            "whole model, not a LoRA; without a network pass config=<a diffusers folder of its kind>."
+        ) from e
     return _whole(pipe, two, name, schedule, says, device, dtype, path)
 
 # %% ../../nbs/03_models/03_load.ipynb #65d2d327
-def _whole(pipe, two, name, schedule, says, device, dtype, path): # as in `load_file`
-    nets = {k: getattr(pipe, k) for k in ('unet', 'vae', 'text_encoder', *['text_encoder_2']*two)}
-    holes = [f'{k}: {n}' for k, net in nets.items() for n, v in net.state_dict().items() if v.is_meta]
-    if holes: raise ValueError(
-        f'base {name!r} could not be read as a Stable Diffusion checkpoint: {len(holes)} tensors are '
-        f'missing, first {holes[0]}. Download it again.')
-    if two: nets |= dict(tokenizer_2=pipe.tokenizer_2, zero_empty=pipe.config.force_zeros_for_empty_prompt)
-    return make_base(name, **nets, tokenizer=pipe.tokenizer, schedule=schedule, prediction_type=says,
-                     device=device, dtype=dtype, folder=Path(path), hash=hash_files(path))
+def _whole(pipe, two, name, schedule, says, device, dtype, path):  # as in `load_file`
+    nets = {k: getattr(pipe, k) for k in ("unet", "vae", "text_encoder", *["text_encoder_2"] * two)}
+    holes = [f"{k}: {n}" for k, net in nets.items() for n, v in net.state_dict().items() if v.is_meta]
+    if holes:
+        raise ValueError(
+            f"base {name!r} could not be read as a Stable Diffusion checkpoint: {len(holes)} tensors are "
+            f"missing, first {holes[0]}. Download it again."
+        )
+    if two:
+        nets |= dict(tokenizer_2=pipe.tokenizer_2, zero_empty=pipe.config.force_zeros_for_empty_prompt)
+    return make_base(
+        name,
+        **nets,
+        tokenizer=pipe.tokenizer,
+        schedule=schedule,
+        prediction_type=says,
+        device=device,
+        dtype=dtype,
+        folder=Path(path),
+        hash=hash_files(path),
+    )
 
 # %% ../../nbs/03_models/03_load.ipynb #1fdae5c5
 def load_base(
-    base='embedded', # 'embedded', 'tiny', a diffusers folder, a .safetensors file or a hub id
-    device='auto',   # 'auto', 'cpu', 'cuda', 'mps'
-    dtype='float32', # 'float32', 'bfloat16' or 'float16' for U-Net and text encoder
-    config=None,     # for a file: diffusers folder or hub id that lends configuration and tokenizer
-    revision=None, variant=None, # for a hub id: branch, tag or commit; 'fp16' or None
-    offline=False,   # never touch the network
-    vae=None,        # another autoencoder: a diffusers folder, a .safetensors file or a hub id
-) -> Base:           # frozen, ready for training and sampling
+    base="embedded",  # 'embedded', 'tiny', a diffusers folder, a .safetensors file or a hub id
+    device="auto",  # 'auto', 'cpu', 'cuda', 'mps'
+    dtype="float32",  # 'float32', 'bfloat16' or 'float16' for U-Net and text encoder
+    config=None,  # for a file: diffusers folder or hub id that lends configuration and tokenizer
+    revision=None,
+    variant=None,  # for a hub id: branch, tag or commit; 'fp16' or None
+    offline=False,  # never touch the network
+    vae=None,  # another autoencoder: a diffusers folder, a .safetensors file or a hub id
+) -> Base:  # frozen, ready for training and sampling
     "Load a base from wherever it is, or say in one sentence why not."
     name, path, where = str(base), Path(base).expanduser(), (pick_device(device), pick_dtype(dtype))
     other = vae if vae is None else find_vae(vae, offline)
@@ -314,16 +455,24 @@ def load_base(
     return found if other is None else with_vae(found, other)
 
 # %% ../../nbs/03_models/03_load.ipynb #61f92490
-def _load(name, path, where, config, revision, variant, offline): # as in `load_base`
-    kind = name.removeprefix('tiny-') if name != 'tiny' else 'sd1'
-    if name == 'tiny' or name != kind in TINY: return tiny_base(device=where[0], dtype=where[1], kind=kind)
-    if name == 'embedded': path = assets()/'base'
-    if path.suffix in PICKLES: raise ValueError(
-        f'base {name!r} is a pickle checkpoint, which can run code when it is read, so it is refused; '
-        'convert it to safetensors on a machine that you can afford to lose')
-    if path.is_dir(): return load_folder(path, name, *where)
-    if path.is_file(): return load_file(path, name, *where, config, offline)
-    if name.count('/') != 1 or name[0] in './~' or path.suffix == '.safetensors': raise FileNotFoundError(
-        f"base {name!r} does not exist (looked for {path}); use 'embedded', 'tiny', a diffusers folder, a "
-        ".safetensors file, or a hub id of the form 'owner/model'")
+def _load(name, path, where, config, revision, variant, offline):  # as in `load_base`
+    kind = name.removeprefix("tiny-") if name != "tiny" else "sd1"
+    if name == "tiny" or name != kind in TINY:
+        return tiny_base(device=where[0], dtype=where[1], kind=kind)
+    if name == "embedded":
+        path = assets() / "base"
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"base {name!r} is a pickle checkpoint, which can run code when it is read, so it is refused; "
+            "convert it to safetensors on a machine that you can afford to lose"
+        )
+    if path.is_dir():
+        return load_folder(path, name, *where)
+    if path.is_file():
+        return load_file(path, name, *where, config, offline)
+    if name.count("/") != 1 or name[0] in "./~" or path.suffix == ".safetensors":
+        raise FileNotFoundError(
+            f"base {name!r} does not exist (looked for {path}); use 'embedded', 'tiny', a diffusers folder, a "
+            ".safetensors file, or a hub id of the form 'owner/model'"
+        )
     return load_folder(load_hub(name, revision, variant, offline), name, *where)

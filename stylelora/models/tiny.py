@@ -18,120 +18,193 @@ from ..adapters.lora import count_parameters, inject, lora_layers, remove
 def quiet():
     "Silence the remarks and progress bars of diffusers, transformers and PEFT."
     import diffusers, transformers
+
     logs = [lib.utils.logging for lib in (diffusers, transformers)]
     before = [log.get_verbosity() for log in logs]
     try:
-        for log in logs: log.set_verbosity_error(); log.disable_progress_bar()
-        with warnings.catch_warnings(action='ignore'): yield
+        for log in logs:
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
-        for log, level in zip(logs, before): log.set_verbosity(level); log.enable_progress_bar()
+        for log, level in zip(logs, before):
+            log.set_verbosity(level)
+            log.enable_progress_bar()
 
 # %% ../../nbs/03_models/01_tiny.ipynb #fa636fc7
 def tiny_tokenizer(
-    length=16, # tokens per prompt, both end marks included
-):             # CLIPTokenizer that spells words out
+    length=16,  # tokens per prompt, both end marks included
+):  # CLIPTokenizer that spells words out
     "Build a CLIP tokenizer whose tokens are single letters."
     from transformers import CLIPTokenizer
+
     letters = string.ascii_lowercase + string.digits + "<>-,.'"
-    words = ['<|startoftext|>', '<|endoftext|>', *letters, *(c + '</w>' for c in letters)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=length)
 
 # %% ../../nbs/03_models/01_tiny.ipynb #893561f9
-_BLOCKS = dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 8), layers_per_block=1,
-               norm_num_groups=4)
-_FIRST = dict(down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
-              up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'), cross_attention_dim=16)
-_LAST = dict(down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
-             up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'), cross_attention_dim=48)
-_SIZES = dict(addition_embed_type='text_time', addition_time_embed_dim=4, transformer_layers_per_block=(1, 2),
-              projection_class_embeddings_input_dim=24 + 6*4) # pooled text, and six sizes
-TINY = dict( # kind -> configuration of a tiny U-Net
+_BLOCKS = dict(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(8, 8),
+    layers_per_block=1,
+    norm_num_groups=4,
+)
+_FIRST = dict(
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    cross_attention_dim=16,
+)
+_LAST = dict(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=48,
+)
+_SIZES = dict(
+    addition_embed_type="text_time",
+    addition_time_embed_dim=4,
+    transformer_layers_per_block=(1, 2),
+    projection_class_embeddings_input_dim=24 + 6 * 4,
+)  # pooled text, and six sizes
+TINY = dict(  # kind -> configuration of a tiny U-Net
     sd1=_BLOCKS | _FIRST | dict(attention_head_dim=2),
     sd2=_BLOCKS | _FIRST | dict(attention_head_dim=(1, 2), use_linear_projection=True),
-    sdxl=_BLOCKS | _LAST | dict(attention_head_dim=(1, 2), use_linear_projection=True) | _SIZES)
-_TEXT = dict(vocab_size=96, num_attention_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=1,
-             pad_token_id=1)
+    sdxl=_BLOCKS | _LAST | dict(attention_head_dim=(1, 2), use_linear_projection=True) | _SIZES,
+)
+_TEXT = dict(
+    vocab_size=96,
+    num_attention_heads=2,
+    max_position_embeddings=16,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=1,
+)
 
 # %% ../../nbs/03_models/01_tiny.ipynb #a83d9fda
 def tiny_networks(
-    kind='sd1', # 'sd1', 'sd2' or 'sdxl'
-) -> dict:      # unet, vae, text_encoder, and for 'sdxl' text_encoder_2
+    kind="sd1",  # 'sd1', 'sd2' or 'sdxl'
+) -> dict:  # unet, vae, text_encoder, and for 'sdxl' text_encoder_2
     "Build the networks of a base with some ten thousand weights."
     from diffusers import AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-    if kind not in TINY: raise ValueError(f'kind={kind!r}; use one of {", ".join(TINY)}')
+
+    if kind not in TINY:
+        raise ValueError(f"kind={kind!r}; use one of {', '.join(TINY)}")
+
     def text(width, layers, **more):
-        return CLIPTextConfig(hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers,
-                              **_TEXT, **more)
-    two, more = (8, 8), dict(projection_dim=24, hidden_act='gelu')
-    nets = dict(unet=UNet2DConditionModel(**TINY[kind]), vae=AutoencoderTiny(
-        encoder_block_out_channels=two, decoder_block_out_channels=two, num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1), latent_channels=4))
-    nets['text_encoder'] = CLIPTextModel(text(16, 1 + (kind == 'sdxl')))
-    if kind == 'sdxl': nets['text_encoder_2'] = CLIPTextModelWithProjection(text(32, 2, **more))
+        return CLIPTextConfig(
+            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, **_TEXT, **more
+        )
+
+    two, more = (8, 8), dict(projection_dim=24, hidden_act="gelu")
+    nets = dict(
+        unet=UNet2DConditionModel(**TINY[kind]),
+        vae=AutoencoderTiny(
+            encoder_block_out_channels=two,
+            decoder_block_out_channels=two,
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+            latent_channels=4,
+        ),
+    )
+    nets["text_encoder"] = CLIPTextModel(text(16, 1 + (kind == "sdxl")))
+    if kind == "sdxl":
+        nets["text_encoder_2"] = CLIPTextModelWithProjection(text(32, 2, **more))
     return nets
 
 # %% ../../nbs/03_models/01_tiny.ipynb #eec6aa23
 def randomise(
-    nets, # networks, changed in place
-    g,    # cpu torch.Generator
+    nets,  # networks, changed in place
+    g,  # cpu torch.Generator
 ):
     "Draw all weights of networks from one generator."
     for name, p in (pair for net in nets for pair in net.named_parameters()):
-        if p.ndim > 1: p.data.copy_(torch.randn(p.shape, generator=g)*p[0].numel()**-.5)
-        else: p.data.fill_(0. if name.endswith('bias') else 1.)
+        if p.ndim > 1:
+            p.data.copy_(torch.randn(p.shape, generator=g) * p[0].numel() ** -0.5)
+        else:
+            p.data.fill_(0.0 if name.endswith("bias") else 1.0)
 
 # %% ../../nbs/03_models/01_tiny.ipynb #26ebf780
-_CROSS = ['CrossAttnDownBlock2D']*3, ['CrossAttnUpBlock2D']*3
-_WIDE = dict(block_out_channels=(320, 640, 1280, 1280), down_block_types=(*_CROSS[0], 'DownBlock2D'),
-             up_block_types=('UpBlock2D', *_CROSS[1]))
-_XL = dict(block_out_channels=(320, 640, 1280), down_block_types=('DownBlock2D', *_CROSS[0][:2]),
-           up_block_types=(*_CROSS[1][:2], 'UpBlock2D'), transformer_layers_per_block=(1, 2, 10),
-           addition_embed_type='text_time', addition_time_embed_dim=256,
-           projection_class_embeddings_input_dim=1280 + 6*256)
-PUBLISHED = dict( # kind -> configuration of the released U-Net
+_CROSS = ["CrossAttnDownBlock2D"] * 3, ["CrossAttnUpBlock2D"] * 3
+_WIDE = dict(
+    block_out_channels=(320, 640, 1280, 1280),
+    down_block_types=(*_CROSS[0], "DownBlock2D"),
+    up_block_types=("UpBlock2D", *_CROSS[1]),
+)
+_XL = dict(
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", *_CROSS[0][:2]),
+    up_block_types=(*_CROSS[1][:2], "UpBlock2D"),
+    transformer_layers_per_block=(1, 2, 10),
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=1280 + 6 * 256,
+)
+PUBLISHED = dict(  # kind -> configuration of the released U-Net
     sd15=_WIDE | dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
-    sd21=_WIDE | dict(sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
-                      use_linear_projection=True),
-    sdxl=_XL | dict(sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
-                    use_linear_projection=True))
+    sd21=_WIDE
+    | dict(
+        sample_size=96,
+        cross_attention_dim=1024,
+        attention_head_dim=(5, 10, 20, 20),
+        use_linear_projection=True,
+    ),
+    sdxl=_XL
+    | dict(
+        sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True
+    ),
+)
 
 # %% ../../nbs/03_models/01_tiny.ipynb #cc8dd927
 def published_unet(
-    kind='sd15', # 'sd15', 'sd21' or 'sdxl'
-    device='meta', # 'meta' for shapes only, or where the weights go
-    g=None,      # cpu torch.Generator of the weights, needed anywhere but on 'meta'
-    **change,    # other numbers of the configuration, such as sample_size
-):               # diffusers' U-Net of the released size, with random weights
+    kind="sd15",  # 'sd15', 'sd21' or 'sdxl'
+    device="meta",  # 'meta' for shapes only, or where the weights go
+    g=None,  # cpu torch.Generator of the weights, needed anywhere but on 'meta'
+    **change,  # other numbers of the configuration, such as sample_size
+):  # diffusers' U-Net of the released size, with random weights
     "Build the U-Net of a released model from its configuration."
     from diffusers import UNet2DConditionModel
-    if kind not in PUBLISHED: raise ValueError(f'kind={kind!r}; use one of {", ".join(PUBLISHED)}')
-    with torch.device('meta'): unet = UNet2DConditionModel(**PUBLISHED[kind] | change)
-    if str(device) == 'meta': return unet
-    if list(unet.buffers()): raise RuntimeError('this U-Net has buffers, whose numbers would be lost')
-    randomise([unet.to_empty(device='cpu')], g)
+
+    if kind not in PUBLISHED:
+        raise ValueError(f"kind={kind!r}; use one of {', '.join(PUBLISHED)}")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**PUBLISHED[kind] | change)
+    if str(device) == "meta":
+        return unet
+    if list(unet.buffers()):
+        raise RuntimeError("this U-Net has buffers, whose numbers would be lost")
+    randomise([unet.to_empty(device="cpu")], g)
     return unet.to(device)
 
 # %% ../../nbs/03_models/01_tiny.ipynb #a05be9c3
-SETS = ('cross_attention', 'self_attention', 'attention', 'attention_ff', 'conv') # targets in a U-Net
+SETS = ("cross_attention", "self_attention", "attention", "attention_ff", "conv")  # targets in a U-Net
+
 
 def share_table(
-    kind='sd15',          # 'sd15', 'sd21' or 'sdxl'
-    ranks=(4, 8, 16, 32), # inner widths of the updates
-) -> dict: # base, its parameters, and a row per target set and rank: layers, trainable, share
+    kind="sd15",  # 'sd15', 'sd21' or 'sdxl'
+    ranks=(4, 8, 16, 32),  # inner widths of the updates
+) -> dict:  # base, its parameters, and a row per target set and rank: layers, trainable, share
     "Count what adapters would train in a released model."
     unet, rows = published_unet(kind), []
-    total = count_parameters(unet)['total']
-    for targets in SETS:
-        inject(unet, targets, rank=1)
-        layers, one = len(lora_layers(unet)), count_parameters(unet)['trainable']; remove(unet)
-        rows += [dict(targets=targets, layers=layers, rank=r, trainable=r*one, share=r*one/total)
-                 for r in ranks]
+    total = count_parameters(unet)["total"]
+    for target_modules in SETS:
+        inject(unet, target_modules, rank=1)
+        layers, one = len(lora_layers(unet)), count_parameters(unet)["trainable"]
+        remove(unet)
+        rows += [
+            dict(
+                target_modules=target_modules, layers=layers, rank=r, trainable=r * one, share=r * one / total
+            )
+            for r in ranks
+        ]
     return dict(base=kind, parameters=total, rows=rows)
 
+
 def write_shares(
-    file,        # target, such as reports/results/sd15_shares.json
-    kind='sd15', # 'sd15', 'sd21' or 'sdxl'
-):               # the path
+    file,  # target, such as reports/results/sd15_shares.json
+    kind="sd15",  # 'sd15', 'sd21' or 'sdxl'
+):  # the path
     "Write the table of shares as JSON."
     return write_json(file, share_table(kind))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAWS', 'WEIGHTS', 'timestep_probs', 'sample_t', 'space_factor', 'loss_weights', 'effective_mass', 'spread', 'density',
-           'doses', 'Objective', 'training_target', 'diffusion_loss']
+           'density_summary', 'Objective', 'training_target', 'diffusion_loss']
 
 # %% ../../nbs/01_noise/02_objective.ipynb #6dbea3ac
 import torch
@@ -12,162 +12,211 @@ from ..core import expand_as
 from .schedule import PREDICTIONS, Schedule, as_schedule, remap_t
 
 # %% ../../nbs/01_noise/02_objective.ipynb #f465d0bd
-LAWS = ('uniform', 'snr_weighted', 'high_noise', 'low_noise', 'snr', 'inverse_snr', 'beta_high', 'beta_low',
-        'late_quarter', 'style_friendly')
+LAWS = (
+    "uniform",
+    "snr_weighted",
+    "high_noise",
+    "low_noise",
+    "snr",
+    "inverse_snr",
+    "beta_high",
+    "beta_low",
+    "late_quarter",
+    "style_friendly",
+)
+
 
 def timestep_probs(
-    law='uniform', # one of LAWS
-    schedule='scaled_linear', # a Schedule or the name of one
-) -> torch.Tensor: # probability of each training step (T,), float64, sums to 1
+    timestep_sampling="uniform",  # one of LAWS
+    schedule="scaled_linear",  # a Schedule or the name of one
+) -> torch.Tensor:  # probability of each training step (T,), float64, sums to 1
     """Compute the probability with which each training step is drawn.
     Proposal, section 4.1; style_friendly after Choi et al. 2024, as a normal of mean -3.5, deviation 1.2."""
-    if law not in LAWS: raise ValueError(f'law={law!r} is unknown; use one of {", ".join(LAWS)}')
+    if timestep_sampling not in LAWS:
+        raise ValueError(f"timestep_sampling={timestep_sampling!r} is unknown; use one of {', '.join(LAWS)}")
     s = as_schedule(schedule)
-    u, one = (s.steps + .5)/s.n_train, torch.ones_like(s.steps)
+    u, one = (s.timesteps + 0.5) / s.n_train, torch.ones_like(s.timesteps)
     p = dict(
-        uniform=lambda: one, snr_weighted=lambda: s.snr.sqrt(), snr=lambda: s.snr,
-        inverse_snr=lambda: 1/(1 + s.snr),
-        high_noise=lambda: (u > .5)*one, low_noise=lambda: (u < .5)*one, late_quarter=lambda: one + (u > .75),
-        beta_high=lambda: u**2, beta_low=lambda: (1 - u)**2,
-        style_friendly=lambda: -torch.exp(-((s.log_snr + 3.5)/1.2)**2/2)*torch.gradient(s.log_snr)[0])[law]()
-    return p/p.sum()
+        uniform=lambda: one,
+        snr_weighted=lambda: s.snr.sqrt(),
+        snr=lambda: s.snr,
+        inverse_snr=lambda: 1 / (1 + s.snr),
+        high_noise=lambda: (u > 0.5) * one,
+        low_noise=lambda: (u < 0.5) * one,
+        late_quarter=lambda: one + (u > 0.75),
+        beta_high=lambda: u**2,
+        beta_low=lambda: (1 - u) ** 2,
+        style_friendly=lambda: (
+            -torch.exp(-(((s.log_snr + 3.5) / 1.2) ** 2) / 2) * torch.gradient(s.log_snr)[0]
+        ),
+    )[timestep_sampling]()
+    return p / p.sum()
 
 # %% ../../nbs/01_noise/02_objective.ipynb #a60a1852
 def sample_t(
-    probs:torch.Tensor, # law (T,), sums to 1
-    n,    # number of timesteps
-    generator:torch.Generator, # cpu generator
-    stratified=False, # one draw in each of n equal slices of probability, in random order
-) -> torch.Tensor: # timesteps (n,), long
+    probs: torch.Tensor,  # law (T,), sums to 1
+    n,  # number of timesteps
+    generator: torch.Generator,  # cpu generator
+    stratified=False,  # one draw in each of n equal slices of probability, in random order
+) -> torch.Tensor:  # timesteps (n,), long
     "Draw timesteps from a law, by the inverse of its distribution function."
     u = torch.rand(n, generator=generator, dtype=torch.float64)
-    if stratified: u = ((torch.arange(n) + u)/n)[torch.randperm(n, generator=generator)]
+    if stratified:
+        u = ((torch.arange(n) + u) / n)[torch.randperm(n, generator=generator)]
     cdf = probs.cumsum(0)
-    return torch.searchsorted(cdf, u*cdf[-1], right=True).clamp(max=len(probs) - 1)
+    return torch.searchsorted(cdf, u * cdf[-1], right=True).clamp(max=len(probs) - 1)
 
 # %% ../../nbs/01_noise/02_objective.ipynb #487f871c
 def space_factor(
-    schedule:Schedule, # the noise schedule
-    prediction='epsilon', # what the network predicts, one of PREDICTIONS
-) -> torch.Tensor: # factor (T,) that turns the squared error of that prediction into that of the noise
+    schedule: Schedule,  # the noise schedule
+    prediction="epsilon",  # what the network predicts, one of PREDICTIONS
+) -> torch.Tensor:  # factor (T,) that turns the squared error of that prediction into that of the noise
     "Compute how large the noise error is, per unit of squared error in another prediction."
-    if prediction not in PREDICTIONS: raise ValueError(f'prediction={prediction!r}; use one of {PREDICTIONS}')
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction={prediction!r}; use one of {PREDICTIONS}")
     s = schedule
     return dict(epsilon=torch.ones_like(s.snr), sample=s.snr, v_prediction=s.alphas_cumprod)[prediction]
 
 # %% ../../nbs/01_noise/02_objective.ipynb #ffe26190
-WEIGHTS = ('mse', 'min_snr', 'p2', 'snr', 'snr_clipped')
+WEIGHTS = ("none", "min_snr", "p2", "snr", "snr_clipped")
+
 
 def loss_weights(
-    name='mse', # one of WEIGHTS
-    schedule='scaled_linear', # a Schedule or the name of one
-    prediction='epsilon', # what the network predicts, one of PREDICTIONS
-    gamma=5., # where min_snr and snr_clipped cut, in units of SNR, > 0
-) -> torch.Tensor: # weight of the network's own squared error at each step (T,), float64, not normalised
+    name="none",  # one of WEIGHTS
+    schedule="scaled_linear",  # a Schedule or the name of one
+    prediction="epsilon",  # what the network predicts, one of PREDICTIONS
+    snr_gamma=5.0,  # where min_snr and snr_clipped cut, in units of SNR, > 0
+) -> torch.Tensor:  # weight of the network's own squared error at each step (T,), float64, not normalised
     """Compute the loss weight of each training step.
     Hang et al. 2023, section 3.4 (min_snr); Choi et al. 2022, eq. 9 (p2)."""
-    if name not in WEIGHTS: raise ValueError(f'weight={name!r} is unknown; use one of {", ".join(WEIGHTS)}')
-    if not gamma > 0: raise ValueError(f'gamma={gamma} must be > 0; 5 is usual')
+    if name not in WEIGHTS:
+        raise ValueError(f"loss_weighting={name!r} is unknown; use one of {', '.join(WEIGHTS)}")
+    if not snr_gamma > 0:
+        raise ValueError(f"snr_gamma={snr_gamma} must be > 0; 5 is usual")
     s = as_schedule(schedule)
-    factor, cut = space_factor(s, prediction), s.snr.clamp(max=gamma)
-    if name == 'mse': return torch.ones_like(factor)
-    return factor*dict(min_snr=cut/s.snr, p2=1/(1 + s.snr), snr=s.snr, snr_clipped=cut)[name]
+    factor, cut = space_factor(s, prediction), s.snr.clamp(max=snr_gamma)
+    if name == "none":
+        return torch.ones_like(factor)
+    return factor * dict(min_snr=cut / s.snr, p2=1 / (1 + s.snr), snr=s.snr, snr_clipped=cut)[name]
 
 # %% ../../nbs/01_noise/02_objective.ipynb #9f09f560
 def effective_mass(
-    probs:torch.Tensor,   # timestep law (T,)
-    weights:torch.Tensor, # weights of the network's own squared error (T,)
-    schedule:Schedule,    # the noise schedule
-    prediction='epsilon', # what the network predicts, one of PREDICTIONS
-) -> torch.Tensor: # share of the training's attention at each step (T,), sums to 1
+    probs: torch.Tensor,  # timestep law (T,)
+    weights: torch.Tensor,  # weights of the network's own squared error (T,)
+    schedule: Schedule,  # the noise schedule
+    prediction="epsilon",  # what the network predicts, one of PREDICTIONS
+) -> torch.Tensor:  # share of the training's attention at each step (T,), sums to 1
     "Compute how much each step counts for the noise loss: drawn often or weighted high."
-    m = probs*weights/space_factor(schedule, prediction)
-    return m/m.sum()
+    m = probs * weights / space_factor(schedule, prediction)
+    return m / m.sum()
 
 # %% ../../nbs/01_noise/02_objective.ipynb #8eb04f96
 def spread(
-    mass:torch.Tensor, # mass of each step (T,)
-    parts=64, # how finely a step is cut
-) -> tuple: # fractional steps in 0..T-1 (T*parts,) and their masses (T*parts,)
+    mass: torch.Tensor,  # mass of each step (T,)
+    parts=64,  # how finely a step is cut
+) -> tuple:  # fractional steps in 0..T-1 (T*parts,) and their masses (T*parts,)
     "Spread the mass of each step over the half-steps beside it; the two ends fold inward."
-    offsets, last = (torch.arange(parts).double() + .5)/parts - .5, len(mass) - 1
+    offsets, last = (torch.arange(parts).double() + 0.5) / parts - 0.5, len(mass) - 1
     steps = (torch.arange(len(mass))[:, None] + offsets).flatten().abs()
-    return last - (last - steps).abs(), (mass/parts).repeat_interleave(parts)
+    return last - (last - steps).abs(), (mass / parts).repeat_interleave(parts)
+
 
 def density(
-    mass:torch.Tensor,  # mass of each step (T,)
-    schedule:Schedule,  # the schedule that makes the noise
-    edges:torch.Tensor, # increasing edges of log-SNR bins (k+1,)
-) -> torch.Tensor: # q in each bin (k,): mass per unit of log-SNR; outside mass is lost
+    mass: torch.Tensor,  # mass of each step (T,)
+    schedule: Schedule,  # the schedule that makes the noise
+    edges: torch.Tensor,  # increasing edges of log-SNR bins (k+1,)
+) -> torch.Tensor:  # q in each bin (k,): mass per unit of log-SNR; outside mass is lost
     """Compute the effective density over log-SNR.
     Kingma & Gao 2023, section 3, with the weighting and the sampling merged into one density."""
     steps, m = spread(mass)
     edges = torch.as_tensor(edges).double()
-    counts = torch.histogram(-2*schedule.sigma_at(steps).log(), bins=edges, weight=m).hist
-    return counts/edges.diff()
+    counts = torch.histogram(-2 * schedule.sigma_at(steps).log(), bins=edges, weight=m).hist
+    return counts / edges.diff()
 
 # %% ../../nbs/01_noise/02_objective.ipynb #bd465840
-def doses(
-    mass:torch.Tensor, # mass of each step (T,)
-    schedule:Schedule, # the schedule that makes the noise
-    base:Schedule,     # the schedule that the base model was trained on
-) -> dict: # mean_t, mean_log_snr, tv, ess, clipped
+def density_summary(
+    mass: torch.Tensor,  # mass of each step (T,)
+    schedule: Schedule,  # the schedule that makes the noise
+    base: Schedule,  # the schedule that the base model was trained on
+) -> dict:  # mean_t, mean_log_snr, tv, ess, clipped
     "Summarise an effective density by five numbers."
     (steps, m), levels, T = spread(mass), schedule.log_snr, base.n_train
     outside = (levels < base.log_snr[-1] - 1e-9) | (levels > base.log_snr[0] + 1e-9)
     base_t = remap_t(steps, schedule, base)
-    moved = torch.histogram(base_t, bins=T, range=(-.5, T - .5), weight=m).hist
-    numbers = dict(mean_t=(base_t*m).sum(), mean_log_snr=(mass*levels).sum(), tv=(moved - 1/T).abs().sum()/2,
-                   ess=1/(len(mass)*mass.square().sum()), clipped=mass[outside].sum())
+    moved = torch.histogram(base_t, bins=T, range=(-0.5, T - 0.5), weight=m).hist
+    numbers = dict(
+        mean_t=(base_t * m).sum(),
+        mean_log_snr=(mass * levels).sum(),
+        tv=(moved - 1 / T).abs().sum() / 2,
+        ess=1 / (len(mass) * mass.square().sum()),
+        clipped=mass[outside].sum(),
+    )
     return {name: value.item() for name, value in numbers.items()}
 
 # %% ../../nbs/01_noise/02_objective.ipynb #ece5d38c
 class Objective:
     "Bundle schedule, timestep law and loss weight into the tables that training reads."
-    def __init__(self,
-        schedule='scaled_linear', # Schedule or name: makes the noise
-        law='uniform',  # timestep law, one of LAWS
-        weight='mse',   # loss weight, one of WEIGHTS
-        gamma=5.,       # cut of min_snr and snr_clipped, in units of SNR
-        remap=False,    # tell the model the base's step of equal noise instead of the step's own number
-        prediction='epsilon', # what the network predicts, one of PREDICTIONS
-        base_schedule='scaled_linear', # Schedule or name: what the base model was trained on
+
+    def __init__(
+        self,
+        schedule="scaled_linear",  # Schedule or name: makes the noise
+        timestep_sampling="uniform",  # timestep law, one of LAWS
+        loss_weighting="none",  # loss weight, one of WEIGHTS
+        snr_gamma=5.0,  # cut of min_snr and snr_clipped, in units of SNR
+        timestep_remapping=False,  # tell the model the base's step of equal noise instead of the step's own number
+        prediction="epsilon",  # what the network predicts, one of PREDICTIONS
+        base_schedule="scaled_linear",  # Schedule or name: what the base model was trained on
     ):
         s, b = self.schedule, self.base_schedule = as_schedule(schedule), as_schedule(base_schedule)
-        if not remap and s.n_train != b.n_train:
-            raise ValueError(f'{s.n_train} steps for a base of {b.n_train}; use remap=True or equal n_train')
-        self.law, self.weight, self.gamma, self.remap, self.prediction = law, weight, gamma, remap, prediction
-        self.probs, weights = timestep_probs(law, s), loss_weights(weight, s, prediction, gamma)
-        self.weights = weights/(self.probs*weights).sum()
-        self.t_model = remap_t(s.steps, s, b) if remap else s.steps
+        if not timestep_remapping and s.n_train != b.n_train:
+            raise ValueError(
+                f"{s.n_train} steps for a base of {b.n_train}; use timestep_remapping=True or equal n_train"
+            )
+        (
+            self.timestep_sampling,
+            self.loss_weighting,
+            self.snr_gamma,
+            self.timestep_remapping,
+            self.prediction,
+        ) = timestep_sampling, loss_weighting, snr_gamma, timestep_remapping, prediction
+        self.probs, weights = (
+            timestep_probs(timestep_sampling, s),
+            loss_weights(loss_weighting, s, prediction, snr_gamma),
+        )
+        self.weights = weights / (self.probs * weights).sum()
+        self.t_model = remap_t(s.timesteps, s, b) if timestep_remapping else s.timesteps
         self.mass = effective_mass(self.probs, self.weights, s, prediction)
 
-    def density(self, edges): # increasing edges of log-SNR bins (k+1,)
+    def density(self, edges):  # increasing edges of log-SNR bins (k+1,)
         "Compute the effective density q over log-SNR (k,); see the function `density`."
         return density(self.mass, self.schedule, edges)
-    def describe(self): return doses(self.mass, self.schedule, self.base_schedule) # see the function `doses`
+
+    def describe(self):
+        return density_summary(self.mass, self.schedule, self.base_schedule)  # see the function `doses`
 
 # %% ../../nbs/01_noise/02_objective.ipynb #78a0f906
 def training_target(
-    x0:torch.Tensor,  # clean pictures or latents (b,c,h,w)
-    eps:torch.Tensor, # the noise that was added (b,c,h,w)
-    t:torch.Tensor,   # training steps (b,)
-    objective:Objective, # tells the schedule and what the network predicts
-) -> torch.Tensor: # what the network should answer (b,c,h,w)
+    x0: torch.Tensor,  # clean pictures or latents (b,c,h,w)
+    eps: torch.Tensor,  # the noise that was added (b,c,h,w)
+    t: torch.Tensor,  # training steps (b,)
+    objective: Objective,  # tells the schedule and what the network predicts
+) -> torch.Tensor:  # what the network should answer (b,c,h,w)
     "Return the training target: noise, picture or velocity."
-    if objective.prediction == 'epsilon': return eps
-    if objective.prediction == 'sample': return x0
+    if objective.prediction == "epsilon":
+        return eps
+    if objective.prediction == "sample":
+        return x0
     a = objective.schedule.alphas_cumprod[t.cpu()]
     root, noise = (expand_as(r, x0).to(x0) for r in (a.sqrt(), (1 - a).sqrt()))
-    return root*eps - noise*x0
+    return root * eps - noise * x0
 
 # %% ../../nbs/01_noise/02_objective.ipynb #8763259e
 def diffusion_loss(
-    pred:torch.Tensor,   # the network's answer (b,c,h,w)
-    target:torch.Tensor, # what it should have answered (b,c,h,w)
-    t:torch.Tensor,      # training steps (b,)
-    objective:Objective, # tells the weights
-) -> torch.Tensor: # weighted mean squared error of each picture (b,), float32
+    pred: torch.Tensor,  # the network's answer (b,c,h,w)
+    target: torch.Tensor,  # what it should have answered (b,c,h,w)
+    t: torch.Tensor,  # training steps (b,)
+    objective: Objective,  # tells the weights
+) -> torch.Tensor:  # weighted mean squared error of each picture (b,), float32
     "Compute the weighted squared error of each picture."
     error = (pred.float() - target.float()).square().flatten(1).mean(1)
-    return error*objective.weights[t.cpu()].to(error)
+    return error * objective.weights[t.cpu()].to(error)

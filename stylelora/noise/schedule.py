@@ -12,154 +12,177 @@ import torch
 from ..core import expand_as
 
 # %% ../../nbs/01_noise/01_schedule.ipynb #a6f39994
-SCHEDULES = ('scaled_linear', 'quadratic', 'linear', 'cosine')
+SCHEDULES = ("scaled_linear", "quadratic", "linear", "cosine")
+
 
 def make_betas(
-    name='scaled_linear', # one of SCHEDULES
-    n_train=1000,         # number of training steps T
-    beta_start=0.00085,   # first beta; the cosine does not use it
-    beta_end=0.012,       # last beta; the cosine does not use it
-) -> torch.Tensor:        # variance increments (T,), float64
+    name="scaled_linear",  # one of SCHEDULES
+    n_train=1000,  # number of training steps T
+    beta_start=0.00085,  # first beta; the cosine does not use it
+    beta_end=0.012,  # last beta; the cosine does not use it
+) -> torch.Tensor:  # variance increments (T,), float64
     """Compute the betas of a named schedule.
     Proposal, Appendix B; the cosine as in Nichol & Dhariwal 2021, eq. 17, clipped at 0.999."""
-    if name not in SCHEDULES: raise ValueError(f'schedule={name!r}; use one of {", ".join(SCHEDULES)}')
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule={name!r}; use one of {', '.join(SCHEDULES)}")
     line = lambda a, b, n=n_train: torch.linspace(a, b, n, dtype=torch.float64)
-    if name == 'linear': return line(beta_start, beta_end)
-    if name in ('quadratic', 'scaled_linear'): return line(beta_start**.5, beta_end**.5)**2
-    s, u = .008, line(0, 1, n_train + 1)
-    f = torch.cos((u + s)/(1 + s)*math.pi/2)**2
-    return (1 - f[1:]/f[:-1]).clamp(max=.999)
+    if name == "linear":
+        return line(beta_start, beta_end)
+    if name in ("quadratic", "scaled_linear"):
+        return line(beta_start**0.5, beta_end**0.5) ** 2
+    s, u = 0.008, line(0, 1, n_train + 1)
+    f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 # %% ../../nbs/01_noise/01_schedule.ipynb #237f38eb
 def interpolate(
     x,  # where to look: number or tensor of any shape
-    xs:torch.Tensor, # increasing nodes (k,)
-    ys:torch.Tensor, # values at the nodes (k,)
-) -> torch.Tensor:   # values at x, float64, same shape; on the cpu if x's device has no float64
+    xs: torch.Tensor,  # increasing nodes (k,)
+    ys: torch.Tensor,  # values at the nodes (k,)
+) -> torch.Tensor:  # values at x, float64, same shape; on the cpu if x's device has no float64
     "Interpolate linearly in a table; outside of it answer with its ends."
     x = torch.as_tensor(x)
-    device = 'cpu' if x.device.type == 'mps' else x.device
+    device = "cpu" if x.device.type == "mps" else x.device
     x, xs, ys = (a.to(device, torch.float64) for a in (x, xs, ys))
     i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
-    return torch.lerp(ys[i-1], ys[i], ((x - xs[i-1])/(xs[i] - xs[i-1])).clamp(0, 1))
+    return torch.lerp(ys[i - 1], ys[i], ((x - xs[i - 1]) / (xs[i] - xs[i - 1])).clamp(0, 1))
 
 # %% ../../nbs/01_noise/01_schedule.ipynb #973f565a
 class Schedule:
     "Hold a noise schedule as float64 tables over the training steps."
-    def __init__(self,
-        name='scaled_linear', # one of SCHEDULES, or any label if betas are given
-        betas=None,           # own variance increments (T,), each in (0,1), instead of a named schedule
-        n_train=1000,         # number of training steps T of a named schedule
-        beta_start=0.00085,   # first beta of a named schedule
-        beta_end=0.012,       # last beta of a named schedule
+
+    def __init__(
+        self,
+        name="scaled_linear",  # one of SCHEDULES, or any label if betas are given
+        betas=None,  # own variance increments (T,), each in (0,1), instead of a named schedule
+        n_train=1000,  # number of training steps T of a named schedule
+        beta_start=0.00085,  # first beta of a named schedule
+        beta_end=0.012,  # last beta of a named schedule
     ):
-        if betas is None: betas = make_betas(name, n_train, beta_start, beta_end)
+        if betas is None:
+            betas = make_betas(name, n_train, beta_start, beta_end)
         betas = torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(f'betas of {name!r} must be two or more numbers in (0,1), not 0, 1 or nan')
+            raise ValueError(f"betas of {name!r} must be two or more numbers in (0,1), not 0, 1 or nan")
         self.name, self.betas, self.n_train = name, betas, len(betas)
-        self.steps, self.alphas_cumprod = torch.arange(len(betas)).double(), (1 - betas).cumprod(0)
-        self.snr = self.alphas_cumprod/(1 - self.alphas_cumprod)
-        self.log_snr, self.sigmas = self.snr.log(), self.snr**-.5
+        self.timesteps, self.alphas_cumprod = torch.arange(len(betas)).double(), (1 - betas).cumprod(0)
+        self.snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        self.log_snr, self.sigmas = self.snr.log(), self.snr**-0.5
 
-    def sigma_at(self, t): # step, may be fractional, number or tensor
+    def sigma_at(self, t):  # step, may be fractional, number or tensor
         "Look up the noise level at a step; steps outside the table count as its ends."
-        return interpolate(t, self.steps, self.sigmas.log()).exp()
-    def t_at(self, sigma): # noise level > 0, number or tensor
+        return interpolate(t, self.timesteps, self.sigmas.log()).exp()
+
+    def t_at(self, sigma):  # noise level > 0, number or tensor
         "Look up the (fractional) step at a noise level; levels beyond the table count as its ends."
-        return interpolate(torch.as_tensor(sigma).log(), self.sigmas.log(), self.steps)
+        return interpolate(torch.as_tensor(sigma).log(), self.sigmas.log(), self.timesteps)
 
 # %% ../../nbs/01_noise/01_schedule.ipynb #c47af14b
 def as_schedule(
-    schedule, # a Schedule, or a name out of SCHEDULES
-) -> Schedule: # the schedule
+    schedule,  # a Schedule, or a name out of SCHEDULES
+) -> Schedule:  # the schedule
     "Accept a schedule or its name."
     return schedule if isinstance(schedule, Schedule) else Schedule(schedule)
 
+
 def schedule_from_config(
-    config, # dict: beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas
-) -> Schedule: # the same numbers
+    config,  # dict: beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas
+) -> Schedule:  # the same numbers
     "Read the schedule out of a diffusers scheduler configuration."
-    names = dict(scaled_linear='scaled_linear', linear='linear', squaredcos_cap_v2='cosine')
-    name = config.get('beta_schedule', 'linear')
-    if config.get('trained_betas') is not None: return Schedule('trained', betas=config['trained_betas'])
-    if name not in names: raise ValueError(f'beta_schedule={name!r} is none of {", ".join(names)}')
-    return Schedule(names[name], n_train=config.get('num_train_timesteps', 1000),
-                    beta_start=config.get('beta_start', 1e-4), beta_end=config.get('beta_end', .02))
+    names = dict(scaled_linear="scaled_linear", linear="linear", squaredcos_cap_v2="cosine")
+    name = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is not None:
+        return Schedule("trained", betas=config["trained_betas"])
+    if name not in names:
+        raise ValueError(f"beta_schedule={name!r} is none of {', '.join(names)}")
+    return Schedule(
+        names[name],
+        n_train=config.get("num_train_timesteps", 1000),
+        beta_start=config.get("beta_start", 1e-4),
+        beta_end=config.get("beta_end", 0.02),
+    )
 
 # %% ../../nbs/01_noise/01_schedule.ipynb #d815fbfc
 def amplitudes(
-    abar_t, # alphas_cumprod at the pictures' steps: number or (b,)
-    x:torch.Tensor, # pictures whose shape, format and device count (b,c,h,w)
-) -> tuple: # signal amplitude sqrt(abar) and noise amplitude sqrt(1 - abar), each (b,1,1,1)
+    abar_t,  # alphas_cumprod at the pictures' steps: number or (b,)
+    x: torch.Tensor,  # pictures whose shape, format and device count (b,c,h,w)
+) -> tuple:  # signal amplitude sqrt(abar) and noise amplitude sqrt(1 - abar), each (b,1,1,1)
     "Compute how much picture and how much noise a mixture holds."
     abar_t = torch.as_tensor(abar_t).cpu().double()
     roots = abar_t.sqrt(), (1 - abar_t).sqrt()
     return tuple(expand_as(r.reshape(-1), x).to(x.device, x.dtype) for r in roots)
 
+
 def add_noise(
-    x0:torch.Tensor,  # clean pictures or latents (b,c,h,w)
-    eps:torch.Tensor, # unit normal noise (b,c,h,w)
-    t:torch.Tensor,   # training steps (b,), integers 0..T-1
-    schedule:Schedule, # the noise schedule
-) -> torch.Tensor: # noisy pictures (b,c,h,w)
+    x0: torch.Tensor,  # clean pictures or latents (b,c,h,w)
+    eps: torch.Tensor,  # unit normal noise (b,c,h,w)
+    t: torch.Tensor,  # training steps (b,), integers 0..T-1
+    schedule: Schedule,  # the noise schedule
+) -> torch.Tensor:  # noisy pictures (b,c,h,w)
     """Mix pictures with noise at given training steps.
     Ho et al. 2020, eq. 4."""
     a, s = amplitudes(schedule.alphas_cumprod[t.cpu()], x0)
-    return a*x0 + s*eps
+    return a * x0 + s * eps
 
 # %% ../../nbs/01_noise/01_schedule.ipynb #35cce86e
-PREDICTIONS = ('epsilon', 'sample', 'v_prediction')
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
 
 def to_x0(
-    xt:torch.Tensor,   # noisy pictures (b,c,h,w)
-    pred:torch.Tensor, # prediction (b,c,h,w)
-    abar_t,            # alphas_cumprod at the pictures' steps, number or (b,)
-    prediction='epsilon', # what pred is, one of PREDICTIONS
-) -> torch.Tensor: # the clean pictures it implies (b,c,h,w)
+    xt: torch.Tensor,  # noisy pictures (b,c,h,w)
+    pred: torch.Tensor,  # prediction (b,c,h,w)
+    abar_t,  # alphas_cumprod at the pictures' steps, number or (b,)
+    prediction="epsilon",  # what pred is, one of PREDICTIONS
+) -> torch.Tensor:  # the clean pictures it implies (b,c,h,w)
     """Convert a prediction to the clean picture that it implies.
     Salimans & Ho 2022, appendix D."""
-    if prediction not in PREDICTIONS: raise ValueError(f'prediction={prediction!r}; use one of {PREDICTIONS}')
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction={prediction!r}; use one of {PREDICTIONS}")
     a, s = amplitudes(abar_t, xt)
-    if prediction == 'sample': return pred
-    return (xt - s*pred)/a if prediction == 'epsilon' else a*xt - s*pred
+    if prediction == "sample":
+        return pred
+    return (xt - s * pred) / a if prediction == "epsilon" else a * xt - s * pred
 
 # %% ../../nbs/01_noise/01_schedule.ipynb #62a37272
 def to_eps(
-    xt:torch.Tensor,   # noisy pictures (b,c,h,w)
-    pred:torch.Tensor, # prediction (b,c,h,w)
-    abar_t,            # alphas_cumprod at the pictures' steps, number or (b,)
-    prediction='sample', # what pred is, one of PREDICTIONS
-) -> torch.Tensor: # the noise it implies (b,c,h,w)
+    xt: torch.Tensor,  # noisy pictures (b,c,h,w)
+    pred: torch.Tensor,  # prediction (b,c,h,w)
+    abar_t,  # alphas_cumprod at the pictures' steps, number or (b,)
+    prediction="sample",  # what pred is, one of PREDICTIONS
+) -> torch.Tensor:  # the noise it implies (b,c,h,w)
     "Convert a prediction to the noise that it implies."
-    if prediction == 'epsilon': return pred
+    if prediction == "epsilon":
+        return pred
     a, s = amplitudes(abar_t, xt)
-    return (xt - a*to_x0(xt, pred, abar_t, prediction))/s
+    return (xt - a * to_x0(xt, pred, abar_t, prediction)) / s
+
 
 def to_v(
-    xt:torch.Tensor,   # noisy pictures (b,c,h,w)
-    pred:torch.Tensor, # prediction (b,c,h,w)
-    abar_t,            # alphas_cumprod at the pictures' steps, number or (b,)
-    prediction='epsilon', # what pred is, one of PREDICTIONS
-) -> torch.Tensor: # the velocity it implies (b,c,h,w)
+    xt: torch.Tensor,  # noisy pictures (b,c,h,w)
+    pred: torch.Tensor,  # prediction (b,c,h,w)
+    abar_t,  # alphas_cumprod at the pictures' steps, number or (b,)
+    prediction="epsilon",  # what pred is, one of PREDICTIONS
+) -> torch.Tensor:  # the velocity it implies (b,c,h,w)
     "Convert a prediction to the velocity that it implies."
-    if prediction == 'v_prediction': return pred
+    if prediction == "v_prediction":
+        return pred
     a, s = amplitudes(abar_t, xt)
-    return (a*xt - to_x0(xt, pred, abar_t, prediction))/s
+    return (a * xt - to_x0(xt, pred, abar_t, prediction)) / s
 
 # %% ../../nbs/01_noise/01_schedule.ipynb #b259bba6
 def remap_t(
-    t, # step of the source schedule, number or tensor, may be fractional
-    source:Schedule, # schedule that makes the noise
-    target:Schedule, # schedule that the model knows
-) -> torch.Tensor: # fractional step of the target with the same log-SNR, clipped to its range
+    t,  # step of the source schedule, number or tensor, may be fractional
+    source: Schedule,  # schedule that makes the noise
+    target: Schedule,  # schedule that the model knows
+) -> torch.Tensor:  # fractional step of the target with the same log-SNR, clipped to its range
     "Find the step at which another schedule has the same noise."
     return target.t_at(source.sigma_at(t))
 
+
 def share_clipped(
-    source:Schedule, # schedule that makes the noise
-    target:Schedule, # schedule that the model knows
-) -> float: # share of the source's steps whose noise the target never reaches, in [0,1]
+    source: Schedule,  # schedule that makes the noise
+    target: Schedule,  # schedule that the model knows
+) -> float:  # share of the source's steps whose noise the target never reaches, in [0,1]
     "Count the steps that `remap_t` had to clip."
     low, high = target.log_snr[-1], target.log_snr[0]
     return ((source.log_snr < low - 1e-9) | (source.log_snr > high + 1e-9)).double().mean().item()

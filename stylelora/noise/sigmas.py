@@ -7,87 +7,114 @@ __all__ = ['SPACINGS', 'get_timesteps', 'get_sigmas', 'BrownianPath', 'iid_noise
 
 # %% ../../nbs/01_noise/03_sigmas.ipynb #18dadf11
 import math
-from typing import Callable
+from collections.abc import Callable
 import torch
 from ..core import generator as seeded, randn_each
 
 # %% ../../nbs/01_noise/03_sigmas.ipynb #597ba382
 def get_timesteps(
-    n,                 # number of steps, 1..n_train
-    spacing='leading', # 'leading', 'trailing', 'linspace' or 'dpm'
-    n_train=1000,      # number of training steps T
-    offset=1,          # shift of 'leading', 0 or 1
-) -> torch.Tensor:     # descending timesteps (n,), float64, fractional for 'linspace'
+    n,  # number of steps, 1..n_train
+    timestep_spacing="leading",  # 'leading', 'trailing', 'linspace' or 'dpm'
+    n_train=1000,  # number of training steps T
+    offset=1,  # shift of 'leading', 0 or 1
+) -> torch.Tensor:  # descending timesteps (n,), float64, fractional for 'linspace'
     """Pick n of the training timesteps.
     Lin et al. 2024, table 2; 'dpm' as in the diffusers multistep solver."""
-    most = n_train - offset*(spacing == 'leading')
-    if not 1 <= n <= most: raise ValueError(f'steps={n}; use 1 to {most}')
+    most = n_train - offset * (timestep_spacing == "leading")
+    if not 1 <= n <= most:
+        raise ValueError(f"num_inference_steps={n}; use 1 to {most}")
     line = lambda k: torch.linspace(n_train - 1, 0, k, dtype=torch.float64)
-    rule = dict(leading=lambda: torch.arange(n - 1, -1, -1).double()*(n_train//n) + offset,
-                trailing=lambda: (n_train - torch.arange(n).double()*n_train/n).round() - 1,
-                linspace=lambda: line(n), dpm=lambda: line(n + 1).round()[:-1])
-    if spacing not in rule: raise ValueError(f'spacing={spacing!r}; use one of {", ".join(rule)}')
-    return rule[spacing]()
+    rule = dict(
+        leading=lambda: torch.arange(n - 1, -1, -1).double() * (n_train // n) + offset,
+        trailing=lambda: (n_train - torch.arange(n).double() * n_train / n).round() - 1,
+        linspace=lambda: line(n),
+        dpm=lambda: line(n + 1).round()[:-1],
+    )
+    if timestep_spacing not in rule:
+        raise ValueError(f"timestep_spacing={timestep_spacing!r}; use one of {', '.join(rule)}")
+    return rule[timestep_spacing]()
 
 # %% ../../nbs/01_noise/03_sigmas.ipynb #08a478a6
-SPACINGS = ('leading', 'trailing', 'linspace', 'dpm', 'karras', 'exponential')
+SPACINGS = ("leading", "trailing", "linspace", "dpm", "karras", "exponential")
+
 
 def get_sigmas(
-    schedule,          # the Schedule that the model was trained with
-    n,                 # number of steps
-    spacing='leading', # one of SPACINGS
-    final='zero',      # where the last step goes: 'zero' or 'sigma_min'
-    rho=7.,            # bend of 'karras'
-    offset=1,          # shift of 'leading', 0 or 1
-) -> torch.Tensor:     # descending noise levels (n+1,), float64
+    schedule,  # the Schedule that the model was trained with
+    n,  # number of steps
+    timestep_spacing="leading",  # one of SPACINGS
+    final="zero",  # where the last step goes: 'zero' or 'sigma_min'
+    rho=7.0,  # bend of 'karras'
+    offset=1,  # shift of 'leading', 0 or 1
+) -> torch.Tensor:  # descending noise levels (n+1,), float64
     """Compute the noise levels that a sampler visits.
     Karras et al. 2022, eq. 5, for 'karras'."""
-    if final not in ('zero', 'sigma_min'): raise ValueError(f"final={final!r}; use 'zero' or 'sigma_min'")
-    if spacing not in SPACINGS: raise ValueError(f'spacing={spacing!r}; use one of {", ".join(SPACINGS)}')
-    if n < 1: raise ValueError(f'steps={n}; use 1 or more')
+    if final not in ("zero", "sigma_min"):
+        raise ValueError(f"final={final!r}; use 'zero' or 'sigma_min'")
+    if timestep_spacing not in SPACINGS:
+        raise ValueError(f"timestep_spacing={timestep_spacing!r}; use one of {', '.join(SPACINGS)}")
+    if n < 1:
+        raise ValueError(f"num_inference_steps={n}; use 1 or more")
     low, high, u = schedule.sigmas[0], schedule.sigmas[-1], torch.linspace(0, 1, n, dtype=torch.float64)
-    if spacing == 'karras': s = (high**(1/rho) + u*(low**(1/rho) - high**(1/rho)))**rho
-    elif spacing == 'exponential': s = high*(low/high)**u
-    else: s = schedule.sigma_at(get_timesteps(n, spacing, schedule.n_train, offset))
-    stop = low if final == 'sigma_min' and s[-1] > low*1.0001 else low*0
+    if timestep_spacing == "karras":
+        s = (high ** (1 / rho) + u * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    elif timestep_spacing == "exponential":
+        s = high * (low / high) ** u
+    else:
+        s = schedule.sigma_at(get_timesteps(n, timestep_spacing, schedule.n_train, offset))
+    stop = low if final == "sigma_min" and s[-1] > low * 1.0001 else low * 0
     return torch.cat([s, stop[None]])
 
 # %% ../../nbs/01_noise/03_sigmas.ipynb #a37376d4
 class BrownianPath:
     "Hold one Brownian path over an interval of noise levels, by repeated halving."
-    def __init__(self, shape, generator, low, high, tol=1e-5): # (c,h,w), cpu generator, ends, finest interval
+
+    def __init__(
+        self, shape, generator, low, high, tol=1e-5
+    ):  # (c,h,w), cpu generator, ends, finest interval
         self.shape, self.low, self.high = tuple(shape), float(low), float(high)
         self.seed = torch.randint(2**62, (1,), generator=generator).item()
-        self.depth = max(1, math.ceil(math.log2((self.high - self.low)/tol)))
-    def _dice(self, *place): return torch.randn(self.shape, generator=seeded('brownian', self.seed, *place))
-    def __call__(self, s): # noise level inside the interval
+        self.depth = max(1, math.ceil(math.log2((self.high - self.low) / tol)))
+
+    def _dice(self, *place):
+        return torch.randn(self.shape, generator=seeded("brownian", self.seed, *place))
+
+    def __call__(self, s):  # noise level inside the interval
         "Compute the value of the path (c,h,w)."
         a, b, k, s = self.low, self.high, 0, float(s)
-        left, right = 0., self._dice(0)*(b - a)**.5
+        left, right = 0.0, self._dice(0) * (b - a) ** 0.5
         for level in range(1, self.depth + 1):
-            mid, value = (a + b)/2, (left + right)/2 + self._dice(level, k)*(b - a)**.5/2
-            k = 2*k + (s >= mid)
-            if s >= mid: a, left = mid, value
-            else: b, right = mid, value
-        return left + (right - left)*(s - a)/(b - a)
+            mid, value = (a + b) / 2, (left + right) / 2 + self._dice(level, k) * (b - a) ** 0.5 / 2
+            k = 2 * k + (s >= mid)
+            if s >= mid:
+                a, left = mid, value
+            else:
+                b, right = mid, value
+        return left + (right - left) * (s - a) / (b - a)
 
 # %% ../../nbs/01_noise/03_sigmas.ipynb #4c5013d3
 def iid_noise(
-    shape, generators, # shape of one picture (c,h,w); one cpu torch.Generator per picture
-    device=None, dtype=None, # of the noise; cpu and float32 if None
-) -> Callable:         # noise_sampler(sigma, sigma_next) -> (b,c,h,w)
+    shape,
+    generators,  # shape of one picture (c,h,w); one cpu torch.Generator per picture
+    device=None,
+    dtype=None,  # of the noise; cpu and float32 if None
+) -> Callable:  # noise_sampler(sigma, sigma_next) -> (b,c,h,w)
     "Make a source of independent noise."
     return lambda sigma, sigma_next: randn_each(shape, generators, device, dtype)
 
+
 def brownian_noise(
-    shape, generators, # shape of one picture (c,h,w); one cpu torch.Generator per picture
-    sigmas,            # the noise levels of the sampler; the path spans the positive ones
-    device=None, dtype=None, # of the noise; cpu and float32 if None
-) -> Callable:         # noise_sampler(sigma, sigma_next) -> (b,c,h,w), unit variance
+    shape,
+    generators,  # shape of one picture (c,h,w); one cpu torch.Generator per picture
+    sigmas,  # the noise levels of the sampler; the path spans the positive ones
+    device=None,
+    dtype=None,  # of the noise; cpu and float32 if None
+) -> Callable:  # noise_sampler(sigma, sigma_next) -> (b,c,h,w), unit variance
     "Make a source of noise from one Brownian path per picture."
     s = torch.as_tensor(sigmas)
     paths = [BrownianPath(shape, g, s[s > 0].min(), s.max()) for g in generators]
+
     def noise(sigma, sigma_next):
-        z = torch.stack([p(sigma) - p(sigma_next) for p in paths])/abs(sigma - sigma_next)**.5
+        z = torch.stack([p(sigma) - p(sigma_next) for p in paths]) / abs(sigma - sigma_next) ** 0.5
         return z.to(device=device, dtype=dtype)
+
     return noise

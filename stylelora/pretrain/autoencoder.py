@@ -18,19 +18,26 @@ def new_autoencoder(
 ):  # a diffusers AutoencoderTiny with a factor of four, blocks starting as the identity
     "Make the autoencoder with He initialisation and zero-ended residual blocks."
     from diffusers import AutoencoderTiny
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = AutoencoderTiny(encoder_block_out_channels=(channels,)*3, num_encoder_blocks=(1, 1, 3),
-                              decoder_block_out_channels=(channels,)*3, num_decoder_blocks=(3, 1, 1),
-                              latent_channels=latent_channels)
+        net = AutoencoderTiny(
+            encoder_block_out_channels=(channels,) * 3,
+            num_encoder_blocks=(1, 1, 3),
+            decoder_block_out_channels=(channels,) * 3,
+            num_decoder_blocks=(3, 1, 1),
+            latent_channels=latent_channels,
+        )
         for m in net.modules():
             if isinstance(m, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
-                if m.bias is not None: torch.nn.init.zeros_(m.bias)
+                if m.bias is not None:
+                    torch.nn.init.zeros_(m.bias)
         for m in net.modules():
-            if type(m).__name__ == "AutoencoderTinyBlock": torch.nn.init.zeros_(m.conv[-1].weight)
+            if type(m).__name__ == "AutoencoderTinyBlock":
+                torch.nn.init.zeros_(m.conv[-1].weight)
         for end in (net.encoder.layers[-1], net.decoder.layers[-1]):
-            torch.nn.init.xavier_normal_(end.weight, gain=.5)
+            torch.nn.init.xavier_normal_(end.weight, gain=0.5)
     return net
 
 # %% ../../nbs/pretrain/03_autoencoder.ipynb #b78f47f6
@@ -42,14 +49,17 @@ def crops(
 ) -> torch.Tensor:  # (b,3,k,k) in [-1,1]
     "Draw a batch of augmented crops or whole drawings."
     h, whole = x.shape[-1], step % 4 == 0
-    pick = x[torch.randint(len(x), (max(1, n*3//7) if whole else n,), generator=gen)].float()/127.5 - 1
+    pick = x[torch.randint(len(x), (max(1, n * 3 // 7) if whole else n,), generator=gen)].float() / 127.5 - 1
     if not whole:
-        yx = torch.randint(0, h//8 + 1, (len(pick), 2), generator=gen)*4
-        pick = torch.stack([p[:, a:a + h//2, b:b + h//2] for p, (a, b) in zip(pick, yx.tolist())])
+        yx = torch.randint(0, h // 8 + 1, (len(pick), 2), generator=gen) * 4
+        pick = torch.stack([p[:, a : a + h // 2, b : b + h // 2] for p, (a, b) in zip(pick, yx.tolist())])
     u = torch.rand(3, generator=gen)
-    if u[0] < .15: pick = pick[:, torch.randperm(3, generator=gen)]
-    if u[1] < .06: pick = pick.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    if u[2] < .5: pick = pick.flip(3)
+    if u[0] < 0.15:
+        pick = pick[:, torch.randperm(3, generator=gen)]
+    if u[1] < 0.06:
+        pick = pick.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    if u[2] < 0.5:
+        pick = pick.flip(3)
     return pick.contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/pretrain/03_autoencoder.ipynb #3da9aff6
@@ -62,13 +72,13 @@ def autoencoder_loss(
     "Compare pixels, edges and flat colour; keep latents near zero mean and unit deviation."
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
         z = net.encode(x).latents
-        y = net.decode(z + 0.05*noise).sample
+        y = net.decode(z + 0.05 * noise).sample
     y, z, d = y.float(), z.float(), None
     d = y - x
     edges = (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
     moments = z.mean((0, 2, 3)).pow(2).mean() + (z.std((0, 2, 3)) - 1).pow(2).mean()
-    flat = 0.5*F.avg_pool2d(d, 4).abs().mean()
-    return d.abs().mean() + edges + flat + 2*d.pow(2).mean() + 0.05*moments
+    flat = 0.5 * F.avg_pool2d(d, 4).abs().mean()
+    return d.abs().mean() + edges + flat + 2 * d.pow(2).mean() + 0.05 * moments
 
 # %% ../../nbs/pretrain/03_autoencoder.ipynb #5e285da9
 @torch.no_grad()
@@ -80,7 +90,7 @@ def psnr(
     "Measure the round trip of drawings."
     out = []
     for part in x.split(batch):
-        a = part.float()/127.5 - 1
+        a = part.float() / 127.5 - 1
         y = net.decode(net.encode(a).latents).sample.clamp(-1, 1)
-        out.append(-10*((a - y)/2).pow(2).mean((1, 2, 3)).log10())
+        out.append(-10 * ((a - y) / 2).pow(2).mean((1, 2, 3)).log10())
     return torch.cat(out)

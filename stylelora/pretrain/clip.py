@@ -17,17 +17,24 @@ from ..data.grid import make_caption
 # %% ../../nbs/pretrain/04_clip.ipynb #3ca09770
 def _learn_pieces(texts, vocab_size, letters):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
     t = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     t.normalizer = normalizers.Lowercase()
     t.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z]+|[0-9]|[^\sa-z0-9]+"), "removed", invert=True)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, end_of_word_suffix="</w>", special_tokens=[],
-                                  initial_alphabet=letters, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        end_of_word_suffix="</w>",
+        special_tokens=[],
+        initial_alphabet=letters,
+        show_progress=False,
+    )
     t.train_from_iterator(texts, trainer)
     return t
 
 # %% ../../nbs/pretrain/04_clip.ipynb #f3c11cfc
 def _merges(t):
     import json
+
     merges = json.loads(t.to_str())["model"]["merges"]
     return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
 
@@ -42,6 +49,7 @@ def train_tokenizer(
 ):  # a transformers CLIPTokenizer
     "Learn a CLIP byte-pair tokenizer from captions and reserve the style tokens."
     from transformers import CLIPTokenizer
+
     letters = [chr(i) for i in range(33, 127)]
     t = _learn_pieces(texts, vocab_size, letters)
     vocab, merges = sorted(t.get_vocab(), key=t.get_vocab().get), _merges(t)
@@ -73,11 +81,11 @@ def contrastive_loss(
     "Attract captions and drawings of one concept, and drawings to drawings."
     a, b = F.normalize(text, dim=1), F.normalize(image, dim=1)
     same = (concept[:, None] == concept[None]).float()
-    target, s = same/same.sum(1, keepdim=True), scale*a@b.T
-    pairs = -(target*s.log_softmax(1)).sum(1).mean()/2 - (target*s.T.log_softmax(1)).sum(1).mean()/2
+    target, s = same / same.sum(1, keepdim=True), scale * a @ b.T
+    pairs = -(target * s.log_softmax(1)).sum(1).mean() / 2 - (target * s.T.log_softmax(1)).sum(1).mean() / 2
     others = same - torch.eye(len(b), device=b.device)
-    within = scale.detach()*b@b.T - 1e4*torch.eye(len(b), device=b.device)
-    return pairs - 0.5*(others*within.log_softmax(1)).sum(1).div(others.sum(1).clamp(min=1)).mean()
+    within = scale.detach() * b @ b.T - 1e4 * torch.eye(len(b), device=b.device)
+    return pairs - 0.5 * (others * within.log_softmax(1)).sum(1).div(others.sum(1).clamp(min=1)).mean()
 
 # %% ../../nbs/pretrain/04_clip.ipynb #e8e21c3e
 def new_clip(
@@ -90,13 +98,25 @@ def new_clip(
 ):  # a transformers CLIPModel
     "Make a small CLIP."
     from transformers import CLIPConfig, CLIPModel
-    both = dict(hidden_size=width, intermediate_size=4*width, num_attention_heads=3, projection_dim=128,
-                hidden_act="quick_gelu")
+
+    both = dict(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=3,
+        projection_dim=128,
+        hidden_act="quick_gelu",
+    )
     end = tokenizer.eos_token_id
-    text = dict(both, vocab_size=len(tokenizer), num_hidden_layers=text_layers, pad_token_id=end,
-                eos_token_id=end, bos_token_id=tokenizer.bos_token_id,
-                max_position_embeddings=tokenizer.model_max_length)
-    image = dict(both, num_hidden_layers=image_layers, image_size=size, patch_size=size//8)
+    text = dict(
+        both,
+        vocab_size=len(tokenizer),
+        num_hidden_layers=text_layers,
+        pad_token_id=end,
+        eos_token_id=end,
+        bos_token_id=tokenizer.bos_token_id,
+        max_position_embeddings=tokenizer.model_max_length,
+    )
+    image = dict(both, num_hidden_layers=image_layers, image_size=size, patch_size=size // 8)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=128))

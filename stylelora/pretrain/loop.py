@@ -23,6 +23,7 @@ from ..core import generator, write_atomic
 @dataclass
 class Budget:
     "How long and how fast to train."
+
     images: int = 200_000  # images to show in all
     batch: int = 32  # images a step
     lr: float = 7e-4  # peak learning rate
@@ -38,7 +39,8 @@ class Budget:
     save_every: float = 300.0  # seconds between checkpoints
 
     @property
-    def steps(self) -> int: return -(-self.images//self.batch)
+    def steps(self) -> int:
+        return -(-self.images // self.batch)
 
 # %% ../../nbs/pretrain/02_loop.ipynb #0d20cfcc
 def learning_rate(
@@ -46,9 +48,9 @@ def learning_rate(
     budget: Budget,  # gives peak, warm-up, floor and the number of steps
 ) -> float:  # the learning rate of that step
     "Warm up linearly, hold the peak, then anneal along half a cosine to `floor` of the peak."
-    u = min(1.0, max(0.0, (step/budget.steps - budget.hold)/(1 - budget.hold)))
-    cosine = budget.floor + (1 - budget.floor)*(1 + math.cos(math.pi*u))/2
-    return budget.lr*min(1.0, (step + 1)/budget.warmup)*cosine
+    u = min(1.0, max(0.0, (step / budget.steps - budget.hold) / (1 - budget.hold)))
+    cosine = budget.floor + (1 - budget.floor) * (1 + math.cos(math.pi * u)) / 2
+    return budget.lr * min(1.0, (step + 1) / budget.warmup) * cosine
 
 # %% ../../nbs/pretrain/02_loop.ipynb #5ffaee2e
 def update_ema(
@@ -58,7 +60,7 @@ def update_ema(
     decay: float,  # target decay
 ) -> None:
     "Move the average towards the weights."
-    torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - min(decay, (1 + step)/(10 + step)))
+    torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - min(decay, (1 + step) / (10 + step)))
 
 # %% ../../nbs/pretrain/02_loop.ipynb #a1af2adc
 def swap_weights(
@@ -66,13 +68,16 @@ def swap_weights(
     ema: list,  # their averages
 ) -> None:
     "Exchange weights and averages in place; calling it twice changes nothing."
-    for p, e in zip(params, ema): p.data, e.data = e.data, p.data
+    for p, e in zip(params, ema):
+        p.data, e.data = e.data, p.data
 
 
 def _with_ema(params, ema, fn, step):
     swap_weights(params, ema)
-    try: return fn(step)
-    finally: swap_weights(params, ema)
+    try:
+        return fn(step)
+    finally:
+        swap_weights(params, ema)
 
 # %% ../../nbs/pretrain/02_loop.ipynb #2ba0072c
 def save_state(
@@ -85,7 +90,8 @@ def save_state(
     "Write weights, averages and Adam moments to one safetensors file, atomically."
     t = {f"p{i}": p.detach() for i, p in enumerate(params)} | {f"e{i}": e for i, e in enumerate(ema)}
     for i, p in enumerate(params):
-        if p in opt.state: t |= {f"m{i}": opt.state[p]["exp_avg"], f"v{i}": opt.state[p]["exp_avg_sq"]}
+        if p in opt.state:
+            t |= {f"m{i}": opt.state[p]["exp_avg"], f"v{i}": opt.state[p]["exp_avg_sq"]}
     t = {k: v.contiguous() for k, v in t.items()}
     save_file(t, path.with_suffix(".tmp"), metadata=dict(step=str(step)))
     path.with_suffix(".tmp").replace(path)
@@ -99,44 +105,66 @@ def load_state(
 ) -> int:  # steps taken
     "Restore what `save_state` wrote, in place."
     from safetensors import safe_open
-    with safe_open(path, "pt") as f: step = int(f.metadata()["step"])
+
+    with safe_open(path, "pt") as f:
+        step = int(f.metadata()["step"])
     t = load_file(path)
     with torch.no_grad():
         for i, p in enumerate(params):
-            p.copy_(t[f"p{i}"]); ema[i].copy_(t[f"e{i}"])
+            p.copy_(t[f"p{i}"])
+            ema[i].copy_(t[f"e{i}"])
             if f"m{i}" in t:
-                opt.state[p] = dict(step=torch.tensor(float(step)), exp_avg=t[f"m{i}"].to(p),
-                                    exp_avg_sq=t[f"v{i}"].to(p))
+                opt.state[p] = dict(
+                    step=torch.tensor(float(step)), exp_avg=t[f"m{i}"].to(p), exp_avg_sq=t[f"v{i}"].to(p)
+                )
     return step
 
 # %% ../../nbs/pretrain/02_loop.ipynb #b0413ca4
 class Run:
     "The state of a training run, resumed from its folder where there is a checkpoint."
+
     def __init__(self, modules, budget, folder):
         self.budget, self.folder = budget, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         groups = [[p for p in m.parameters() if p.requires_grad] for m in modules]
-        rates = [*budget.rates, *[1.0]*len(groups)][:len(groups)]
+        rates = [*budget.rates, *[1.0] * len(groups)][: len(groups)]
         self.params = sum(groups, [])
-        self.ema, self.path = [p.detach().clone() for p in self.params], self.folder/"checkpoint.safetensors"
-        self.opt = torch.optim.AdamW([dict(params=p, rate=r) for p, r in zip(groups, rates)], lr=budget.lr,
-                                     betas=budget.betas, weight_decay=budget.weight_decay, fused=True)
+        self.ema, self.path = (
+            [p.detach().clone() for p in self.params],
+            self.folder / "checkpoint.safetensors",
+        )
+        self.opt = torch.optim.AdamW(
+            [dict(params=p, rate=r) for p, r in zip(groups, rates)],
+            lr=budget.lr,
+            betas=budget.betas,
+            weight_decay=budget.weight_decay,
+            fused=True,
+        )
         self.step = load_state(self.path, self.params, self.ema, self.opt) if self.path.exists() else 0
 
     def advance(self, batch_fn, loss_fn):
         "Take one step; return the loss and the gradient norm before clipping."
-        for g in self.opt.param_groups: g["lr"] = g["rate"]*learning_rate(self.step, self.budget)
+        for g in self.opt.param_groups:
+            g["lr"] = g["rate"] * learning_rate(self.step, self.budget)
         loss = loss_fn(batch_fn(self.step, generator(self.budget.seed, "batch", self.step)))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.budget.clip)
-        self.opt.step(); self.opt.zero_grad(); self.step += 1
+        self.opt.step()
+        self.opt.zero_grad()
+        self.step += 1
         update_ema(self.ema, self.params, self.step, self.budget.ema)
         return loss, norm
 
 # %% ../../nbs/pretrain/02_loop.ipynb #39123b44
 def _line(run, loss, norm):
-    row = dict(step=run.step, images=run.step*run.budget.batch, loss=loss.item(), grad_norm=float(norm),
-               lr=run.opt.param_groups[0]["lr"], time=time.time())
+    row = dict(
+        step=run.step,
+        images=run.step * run.budget.batch,
+        loss=loss.item(),
+        grad_norm=float(norm),
+        lr=run.opt.param_groups[0]["lr"],
+        time=time.time(),
+    )
     return json.dumps(row) + "\n"
 
 
@@ -145,13 +173,19 @@ def _checkpoint(run, on_eval):
     saved = time.monotonic()
     if on_eval:
         numbers = _with_ema(run.params, run.ema, on_eval, run.step)
-        write_atomic(run.folder/f"eval-{run.step:07d}.json", json.dumps(numbers))
+        write_atomic(run.folder / f"eval-{run.step:07d}.json", json.dumps(numbers))
     return saved
 
 
 def _bar(run, show):
-    return tqdm(total=run.budget.images, initial=run.step*run.budget.batch, unit="img", unit_scale=True,
-                desc=run.folder.name, disable=not show)
+    return tqdm(
+        total=run.budget.images,
+        initial=run.step * run.budget.batch,
+        unit="img",
+        unit_scale=True,
+        desc=run.folder.name,
+        disable=not show,
+    )
 
 # %% ../../nbs/pretrain/02_loop.ipynb #29df77e9
 def fit(
@@ -167,7 +201,7 @@ def fit(
     "Train until the budget is spent, resuming from the last checkpoint in `folder`."
     run, saved = Run(modules, budget, folder), time.monotonic()
     last = min(budget.steps, run.step + (stop_after or budget.steps))
-    with _bar(run, progress) as bar, (run.folder/"log.jsonl").open("a") as log:
+    with _bar(run, progress) as bar, (run.folder / "log.jsonl").open("a") as log:
         while run.step < last:
             loss, norm = run.advance(batch_fn, loss_fn)
             bar.update(budget.batch)

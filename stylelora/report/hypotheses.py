@@ -20,271 +20,340 @@ from ..study.results import SCHEMA, load_results, metric_of, results_folder
 from ..stats.intervals import cluster_bootstrap, holm, sign_flip
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #bab48242
-NEEDS = dict(difference='arm baseline', equivalence='arm baseline margin', one_sided='sign',
-             interaction='arm baseline factor levels', monotone='factor levels sign', kendall='factor margin',
-             interior_maximum='factor levels', linear='factor levels margin') # besides experiment and metric
-KEYS = 'kind experiment metric arm baseline factor levels weights sign margin floor where unit than'.split()
+NEEDS = dict(
+    difference="recipe baseline",
+    equivalence="recipe baseline margin",
+    one_sided="sign",
+    interaction="recipe baseline factor levels",
+    monotone="factor levels sign",
+    kendall="factor margin",
+    interior_maximum="factor levels",
+    linear="factor levels margin",
+)  # besides experiment and metric
+KEYS = (
+    "kind experiment metric recipe baseline factor levels weights sign margin floor where unit than".split()
+)
+
 
 def check_entry(
-    entry, # one hypothesis, as read from the file
-) -> dict: # the same
+    entry,  # one hypothesis, as read from the file
+) -> dict:  # the same
     "Refuse a hypothesis whose rule is incomplete or misspelt."
-    name = entry.get('id', 'a hypothesis without id')
-    if lost := [k for k in 'id statement prior rule tests'.split() if not entry.get(k)]:
-        raise ValueError(f'{name}: {lost} missing')
-    for t in entry['tests']:
-        if t.get('kind') not in NEEDS:
-            raise ValueError(f'{name}: kind {t.get("kind")!r}; use one of {", ".join(NEEDS)}')
-        if lost := [k for k in ['experiment', 'metric', *NEEDS[t['kind']].split()] if k not in t]:
-            raise ValueError(f'{name}: a test of kind {t["kind"]} needs {lost}')
-        if odd := sorted(set(t) - set(KEYS)): raise ValueError(f'{name}: unknown keys {odd}; use {KEYS}')
-        ways = ({'arm', 'baseline'} <= set(t)) + ({'factor', 'levels', 'weights'} <= set(t))
-        if t['kind'] == 'one_sided' and (ways != 1 or 'weights' in t and 'margin' in t):
-            raise ValueError(f'{name}: one_sided needs arm and baseline, or factor, levels and weights')
+    name = entry.get("id", "a hypothesis without id")
+    if lost := [k for k in "id statement prior rule tests".split() if not entry.get(k)]:
+        raise ValueError(f"{name}: {lost} missing")
+    for t in entry["tests"]:
+        if t.get("kind") not in NEEDS:
+            raise ValueError(f"{name}: kind {t.get('kind')!r}; use one of {', '.join(NEEDS)}")
+        if lost := [k for k in ["experiment", "metric", *NEEDS[t["kind"]].split()] if k not in t]:
+            raise ValueError(f"{name}: a test of kind {t['kind']} needs {lost}")
+        if odd := sorted(set(t) - set(KEYS)):
+            raise ValueError(f"{name}: unknown keys {odd}; use {KEYS}")
+        ways = ({"recipe", "baseline"} <= set(t)) + ({"factor", "levels", "weights"} <= set(t))
+        if t["kind"] == "one_sided" and (ways != 1 or "weights" in t and "margin" in t):
+            raise ValueError(f"{name}: one_sided needs recipe and baseline, or factor, levels and weights")
     return entry
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #7ffc2cd5
 def load_hypotheses(
-    path=None, # YAML file; reports/hypotheses.yaml if None
-): # (level of all tests, list of hypotheses)
+    path=None,  # YAML file; reports/hypotheses.yaml if None
+):  # (level of all tests, list of hypotheses)
     "Read the hypotheses and check every rule."
-    path = Path(path or root()/'reports'/'hypotheses.yaml')
-    if not path.is_file(): raise FileNotFoundError(f'{path.name} does not exist; git has it under reports/')
-    content = yaml.safe_load(path.read_text(encoding='utf-8'))
-    entries = [check_entry(e) for e in content['hypotheses']]
-    if len({e['id'] for e in entries}) < len(entries): raise ValueError(f'{path.name}: an id occurs twice')
-    return float(content['alpha']), entries
+    path = Path(path or root() / "reports" / "hypotheses.yaml")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} does not exist; git has it under reports/")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    entries = [check_entry(e) for e in content["hypotheses"]]
+    if len({e["id"] for e in entries}) < len(entries):
+        raise ValueError(f"{path.name}: an id occurs twice")
+    return float(content["alpha"]), entries
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #076b573b
-USUAL = dict(source='', adapter_scale=1., train_share=1.) # settings that a rule need not name
-SETTING = 'arm vendor n_images rank sampler steps cfg source adapter_scale train_share'.split()
+USUAL = dict(source="", lora_scale=1.0, train_share=1.0)  # settings that a rule need not name
+SETTING = "recipe style n_images rank sampler num_inference_steps guidance_scale source lora_scale train_share".split()
+
 
 def with_details(
-    frame, # tidy results
-    runs=None, # runs.parquet as a table with columns run_id and parameters, or None
-) -> pd.DataFrame: # the same rows with source, adapter_scale and train_share
+    frame,  # tidy results
+    runs=None,  # runs.parquet as a table with columns run_id and parameters, or None
+) -> pd.DataFrame:  # the same rows with source, adapter_scale and train_share
     "Add the settings that are known only from the runs' parameters."
-    if runs is None: return frame.assign(**{k: frame.get(k, v) for k, v in USUAL.items()})
+    if runs is None:
+        return frame.assign(**{k: frame.get(k, v) for k, v in USUAL.items()})
     known = {i: json.loads(p) for i, p in zip(runs.run_id, runs.parameters) if isinstance(p, str)}
     of = lambda i: known.get(i, {})
-    length = {i: of(of(i).get('adapter', '')).get('steps') for i in frame.run_id.unique()}
+    length = {i: of(of(i).get("adapter", "")).get("train_steps") for i in frame.run_id.unique()}
     usual = pd.Series([v for v in length.values() if v], dtype=float).mode()
-    share = lambda i: length[i]/usual[0] if length[i] else 1.
+    share = lambda i: length[i] / usual[0] if length[i] else 1.0
     column = lambda f: frame.run_id.map(f)
-    return frame.assign(source=column(lambda i: of(i).get('source', '')), train_share=column(share),
-                        adapter_scale=column(lambda i: float(of(i).get('adapter_scale', 1.))))
+    return frame.assign(
+        source=column(lambda i: of(i).get("source", "")),
+        train_share=column(share),
+        lora_scale=column(lambda i: float(of(i).get("lora_scale", 1.0))),
+    )
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #155c78ef
 def pick_rows(
     frame,  # tidy results with details
-    select, # column -> value, or a list of values
-) -> pd.DataFrame: # the rows of one setting; LookupError if there are none, or several settings
+    select,  # column -> value, or a list of values
+) -> pd.DataFrame:  # the rows of one setting; LookupError if there are none, or several settings
     "Pick the rows that a rule speaks about."
     for column, wanted in select.items():
         frame = frame[frame[column].isin(wanted if isinstance(wanted, list) else [wanted])]
-        if frame.empty: raise LookupError(f'no results with {column} {wanted} for ' + ', '.join(
-            f'{k} {v}' for k, v in select.items() if k in ('experiment', 'metric', 'arm') and k != column))
+        if frame.empty:
+            raise LookupError(
+                f"no results with {column} {wanted} for "
+                + ", ".join(
+                    f"{k} {v}"
+                    for k, v in select.items()
+                    if k in ("experiment", "metric", "recipe") and k != column
+                )
+            )
     for column in SETTING:
         if frame[column].nunique() > 1:
-            raise LookupError(f'{sorted(frame[column].unique())} of {column} would be mixed; name one')
+            raise LookupError(f"{sorted(frame[column].unique())} of {column} would be mixed; name one")
     return frame
 
+
 def tables_of(
-    frame, # tidy results with details
-    settings, # list of column -> value
-) -> list: # one table per setting, concepts × training seeds, all of one shape
+    frame,  # tidy results with details
+    settings,  # list of column -> value
+) -> list:  # one table per setting, concepts × training seeds, all of one shape
     "Arrange several settings over their common concepts and training seeds."
-    parts = [pick_rows(frame, s).assign(setting=i, metric='value') for i, s in enumerate(settings)]
-    try: return list(aligned(pd.concat(parts), ['value'], ['setting']).values())
-    except ValueError as e: raise LookupError(str(e)) from None
+    parts = [pick_rows(frame, s).assign(setting=i, metric="value") for i, s in enumerate(settings)]
+    try:
+        return list(aligned(pd.concat(parts), ["value"], ["setting"]).values())
+    except ValueError as e:
+        raise LookupError(str(e)) from None
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #65977c52
 def above(
-    x, # one number per unit (n,)
-) -> float: # one-sided p-value
+    x,  # one number per unit (n,)
+) -> float:  # one-sided p-value
     "Test whether the mean of the units lies above zero, by flipping signs."
-    x = np.asarray(x, float); p = sign_flip(x)/2
+    x = np.asarray(x, float)
+    p = sign_flip(x) / 2
     return p if x.mean() > 0 else 1 - p
+
 
 def _inside(d, m):
     "Test whether differences (n,) lie inside margins (n,) on the mean, on both sides."
     return max(above(m - d), above(m + d))
 
+
 def _outside(d, m):
     "Test whether differences (n,) lie outside margins (n,) on the mean, on either side."
-    return min(1., 2*min(above(d - m), above(-d - m)))
+    return min(1.0, 2 * min(above(d - m), above(-d - m)))
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #186f9f11
 def terms_of(
-    test, # one test of a hypothesis
-) -> list: # (weight, column -> value)
+    test,  # one test of a hypothesis
+) -> list:  # (weight, column -> value)
     "Spell out a rule as a weighted sum of settings."
-    as_dict = lambda a: a if isinstance(a, dict) else dict(arm=a)
+    as_dict = lambda a: a if isinstance(a, dict) else dict(recipe=a)
     as_list = lambda v: v if isinstance(v, list) else [v]
-    if 'weights' in test:
-        return [(w, {test['factor']: v}) for w, v in zip(test['weights'], test['levels'], strict=True)]
-    pair = [(1, as_dict(test['arm'])), (-1, as_dict(test['baseline']))]
-    if test['kind'] != 'interaction': return pair
-    sides = [(s/len(as_list(l)), v) for s, l in zip((1, -1), test['levels'], strict=True) for v in as_list(l)]
-    return [(s*w, a | {test['factor']: v}) for s, v in sides for w, a in pair]
+    if "weights" in test:
+        return [(w, {test["factor"]: v}) for w, v in zip(test["weights"], test["levels"], strict=True)]
+    pair = [(1, as_dict(test["recipe"])), (-1, as_dict(test["baseline"]))]
+    if test["kind"] != "interaction":
+        return pair
+    sides = [
+        (s / len(as_list(l)), v) for s, l in zip((1, -1), test["levels"], strict=True) for v in as_list(l)
+    ]
+    return [(s * w, a | {test["factor"]: v}) for s, v in sides for w, a in pair]
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #890d40a8
 def _base(test):
     "Collect what all settings of a test have in common: column -> value."
-    return USUAL | dict(experiment=test['experiment'], metric=test['metric']) | test.get('where', {})
+    return USUAL | dict(experiment=test["experiment"], metric=test["metric"]) | test.get("where", {})
+
 
 def judge_sum(
-    frame, # tidy results with details
+    frame,  # tidy results with details
     test,  # of kind difference, equivalence, one_sided or interaction
-) -> dict: # estimate, low, high, n_units, p_for, p_against
+) -> dict:  # estimate, low, high, n_units, p_for, p_against
     "Judge a rule about a weighted sum of settings."
-    terms, base, share, sign = terms_of(test), _base(test), test.get('margin', 0), test.get('sign', 0)
-    floor = {k: v for k, v in base.items() if k not in ('n_images', 'rank')} | dict(arm='no_lora')
-    tables = tables_of(frame, [base | s for _, s in terms] + [floor | test.get('floor', {})][:bool(share)])
-    d = sum(w*t for (w, _), t in zip(terms, tables))
-    better, unit = metric_of(test['metric']).better or 1, test.get('unit', 'seed')
-    m = share*better*(tables[1] - tables[-1]) if share else 0*d
+    terms, base, share, sign = terms_of(test), _base(test), test.get("margin", 0), test.get("sign", 0)
+    floor = {k: v for k, v in base.items() if k not in ("n_images", "rank")} | dict(recipe="no_lora")
+    tables = tables_of(frame, [base | s for _, s in terms] + [floor | test.get("floor", {})][: bool(share)])
+    d = sum(w * t for (w, _), t in zip(terms, tables))
+    better, unit = metric_of(test["metric"]).better or 1, test.get("unit", "seed")
+    m = share * better * (tables[1] - tables[-1]) if share else 0 * d
     u, v, i = unit_means(d, unit).to_numpy(), unit_means(m, unit).to_numpy(), cluster_bootstrap(d)
-    if test['kind'] == 'equivalence': p = _inside(u, v), _outside(u, v)
-    elif sign: p = above(sign*u - v), above(v - sign*u)
-    else: p = _outside(u, v), _inside(u, v) if share else np.nan
+    if test["kind"] == "equivalence":
+        p = _inside(u, v), _outside(u, v)
+    elif sign:
+        p = above(sign * u - v), above(v - sign * u)
+    else:
+        p = _outside(u, v), _inside(u, v) if share else np.nan
     return dict(estimate=i.estimate, low=i.low, high=i.high, n_units=len(u), p_for=p[0], p_against=p[1])
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #40ba4738
 def curve_of(
-    frame, # tidy results with details
+    frame,  # tidy results with details
     test,  # with factor and levels
-): # (positions (k,), tables of the k levels)
+):  # (positions (k,), tables of the k levels)
     "Arrange the levels of a factor along a line."
-    levels = test['levels']
+    levels = test["levels"]
     x = np.array(list(levels.values()) if isinstance(levels, dict) else levels, float)
-    return x, tables_of(frame, [_base(test) | {test['factor']: v} for v in levels])
+    return x, tables_of(frame, [_base(test) | {test["factor"]: v} for v in levels])
+
 
 def judge_monotone(
-    frame, # tidy results with details
+    frame,  # tidy results with details
     test,  # of kind monotone: factor, levels in rising order, sign
-) -> dict: # estimate (slope), low, high, n_units, p_for, p_against
+) -> dict:  # estimate (slope), low, high, n_units, p_for, p_against
     "Judge whether a metric rises, or falls, along a factor."
     x, tables = curve_of(frame, test)
-    y = np.array([unit_means(t, test.get('unit', 'seed')) for t in tables])*test['sign']
-    w = (x - x.mean())/((x - x.mean())**2).sum()
-    i = cluster_bootstrap(sum(a*t for a, t in zip(w, tables)))
+    y = np.array([unit_means(t, test.get("unit", "seed")) for t in tables]) * test["sign"]
+    w = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    i = cluster_bootstrap(sum(a * t for a, t in zip(w, tables)))
     back = [above(-w @ y), *(above(-step) for step in np.diff(y, axis=0))]
-    return dict(estimate=i.estimate, low=i.low, high=i.high, n_units=y.shape[1], p_for=above(w @ y),
-                p_against=min(1., len(back)*min(back)))
+    return dict(
+        estimate=i.estimate,
+        low=i.low,
+        high=i.high,
+        n_units=y.shape[1],
+        p_for=above(w @ y),
+        p_against=min(1.0, len(back) * min(back)),
+    )
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #6f58dc79
 def judge_linear(
-    frame, # tidy results with details
+    frame,  # tidy results with details
     test,  # of kind linear: factor, levels in rising order, margin
-) -> dict: # estimate (largest deviation from the line), low, high, n_units, r2, p_for, p_against
+) -> dict:  # estimate (largest deviation from the line), low, high, n_units, r2, p_for, p_against
     "Judge whether a metric follows the straight line from the first level to the last."
-    (x, tables), unit = curve_of(frame, test), test.get('unit', 'seed')
-    x = (x - x[0])/(x[-1] - x[0])
-    gaps = [t - ((1 - a)*tables[0] + a*tables[-1]) for a, t in zip(x[1:-1], tables[1:-1])]
+    (x, tables), unit = curve_of(frame, test), test.get("unit", "seed")
+    x = (x - x[0]) / (x[-1] - x[0])
+    gaps = [t - ((1 - a) * tables[0] + a * tables[-1]) for a, t in zip(x[1:-1], tables[1:-1])]
     change = tables[-1] - tables[0]
-    m = test['margin']*unit_means(change, unit).to_numpy()*np.sign(change.to_numpy().mean())
+    m = test["margin"] * unit_means(change, unit).to_numpy() * np.sign(change.to_numpy().mean())
     units = [unit_means(g, unit).to_numpy() for g in gaps]
     worst = cluster_bootstrap(max(gaps, key=lambda g: abs(g.to_numpy().mean())))
     y = np.array([t.to_numpy().mean() for t in tables])
-    return dict(estimate=worst.estimate, low=worst.low, high=worst.high, n_units=len(m),
-                r2=float(np.corrcoef(x, y)[0, 1]**2), p_for=max(_inside(u, m) for u in units),
-                p_against=min(1., len(units)*min(_outside(u, m) for u in units)))
+    return dict(
+        estimate=worst.estimate,
+        low=worst.low,
+        high=worst.high,
+        n_units=len(m),
+        r2=float(np.corrcoef(x, y)[0, 1] ** 2),
+        p_for=max(_inside(u, m) for u in units),
+        p_against=min(1.0, len(units) * min(_outside(u, m) for u in units)),
+    )
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #12affb06
 def _shares(claim, value, tables):
     "Turn draws of a claim into p-values and draws of a number into an interval; the first is the data."
-    p = [(1 + (c[1:]).sum())/len(c) for c in (~claim, claim)]
-    low, high = np.nanquantile(value[1:], (.025, .975))
+    p = [(1 + (c[1:]).sum()) / len(c) for c in (~claim, claim)]
+    low, high = np.nanquantile(value[1:], (0.025, 0.975))
     return dict(estimate=value[0], low=low, high=high, n_units=len(tables[0]), p_for=p[0], p_against=p[1])
 
+
 def judge_maximum(
-    frame, # tidy results with details
+    frame,  # tidy results with details
     test,  # of kind interior_maximum: factor, levels in rising order
-) -> dict: # estimate (position), low, high, n_units, p_for, p_against
+) -> dict:  # estimate (position), low, high, n_units, p_for, p_against
     "Judge whether a metric is largest between the ends, or beyond the maximum of another one."
     x, tables = curve_of(frame, test)
-    other = curve_of(frame, test | dict(metric=test['than']))[1] if 'than' in test else []
+    other = curve_of(frame, test | dict(metric=test["than"]))[1] if "than" in test else []
     best = [draw_means(t).argmax(1) for t in (tables, other) if t]
     claim = best[0] > best[1] if other else (best[0] > 0) & (best[0] < len(x) - 1)
     return _shares(claim, x[best[0]], tables)
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #7854c6c4
 def judge_order(
-    frame, # tidy results with details
-    test,  # of kind kendall: factor, and the arms under where
-) -> dict: # estimate (mean tau), low, high, n_units, p_for, p_against
-    "Judge whether the order of the arms is the same along a factor."
+    frame,  # tidy results with details
+    test,  # of kind kendall: factor, and the recipes under where
+) -> dict:  # estimate (mean tau), low, high, n_units, p_for, p_against
+    "Judge whether the order of the recipes is the same along a factor."
     base = _base(test)
     wanted = lambda k, v: frame[k].isin(v if isinstance(v, list) else [v])
     rows = frame[np.logical_and.reduce([wanted(k, v) for k, v in base.items()])]
-    values, arms = sorted(rows[test['factor']].unique()), sorted(rows.arm.unique())
-    if min(len(values), len(arms)) < 2:
-        raise LookupError(f'{len(arms)} arms and {len(values)} values of {test["factor"]}: there is no order')
-    tables = tables_of(frame, [base | {'arm': a, test['factor']: v} for a in arms for v in values])
-    taus = mean_tau(draw_means(tables).reshape(-1, len(arms), len(values)))
+    values, recipes = sorted(rows[test["factor"]].unique()), sorted(rows.recipe.unique())
+    if min(len(values), len(recipes)) < 2:
+        raise LookupError(
+            f"{len(recipes)} recipes and {len(values)} values of {test['factor']}: there is no order"
+        )
+    tables = tables_of(frame, [base | {"recipe": a, test["factor"]: v} for a in recipes for v in values])
+    taus = mean_tau(draw_means(tables).reshape(-1, len(recipes), len(values)))
     tau = taus[(slice(None), *np.triu_indices(len(values), 1))].mean(1)
-    return _shares(tau > test['margin'], tau, tables)
+    return _shares(tau > test["margin"], tau, tables)
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #6da83422
-JUDGES = dict.fromkeys(('difference', 'equivalence', 'one_sided', 'interaction'), judge_sum) | dict(
-    monotone=judge_monotone, linear=judge_linear, interior_maximum=judge_maximum, kendall=judge_order)
+JUDGES = dict.fromkeys(("difference", "equivalence", "one_sided", "interaction"), judge_sum) | dict(
+    monotone=judge_monotone, linear=judge_linear, interior_maximum=judge_maximum, kendall=judge_order
+)
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #27583cc0
 def _answer(frame, test):
     "Apply one test to results with details; without results, give the reason."
-    both = test['kind'] in ('kendall', 'interior_maximum')
-    row = {k: test[k] for k in ('kind', 'experiment', 'metric')} | dict(reason='')
-    row |= dict(unit='both' if both else test.get('unit', 'seed'))
-    row |= dict.fromkeys(('estimate', 'low', 'high', 'n_units', 'p_for', 'p_against'), np.nan)
-    try: return row | JUDGES[test['kind']](frame, test)
-    except LookupError as e: return row | dict(reason=str(e.args[0]))
+    both = test["kind"] in ("kendall", "interior_maximum")
+    row = {k: test[k] for k in ("kind", "experiment", "metric")} | dict(reason="")
+    row |= dict(unit="both" if both else test.get("unit", "seed"))
+    row |= dict.fromkeys(("estimate", "low", "high", "n_units", "p_for", "p_against"), np.nan)
+    try:
+        return row | JUDGES[test["kind"]](frame, test)
+    except LookupError as e:
+        return row | dict(reason=str(e.args[0]))
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #4dc3f9cb
 @dataclass
 class Verdict:
     "Hold what became of a hypothesis."
-    id: str       # such as 'H3'
+
+    id: str  # such as 'H3'
     verdict: str  # supported, refuted, inconclusive or not tested
-    evidence: pd.DataFrame # one row per test
+    evidence: pd.DataFrame  # one row per test
+
 
 def judge_hypothesis(
-    entry,   # one hypothesis, from `load_hypotheses`
-    results, # tidy results; `with_details` adds what they lack
-    alpha=.05, # level
+    entry,  # one hypothesis, from `load_hypotheses`
+    results,  # tidy results; `with_details` adds what they lack
+    alpha=0.05,  # level
 ) -> Verdict:
     "Apply a hypothesis' rule to results."
     frame = results if set(USUAL) <= set(results) else with_details(results)
-    t = pd.DataFrame([_answer(frame, test) for test in entry['tests']])
-    t[['p_for', 'p_against']] = np.stack([holm(t.p_for), holm(t.p_against)], 1)
-    t['verdict'] = np.select([t.reason != '', t.p_against <= alpha, t.p_for <= alpha],
-                             ['not tested', 'refuted', 'supported'], 'inconclusive')
-    ranked = [v for v in ('refuted', 'not tested', 'inconclusive', 'supported') if (t.verdict == v).any()]
-    return Verdict(entry['id'], ranked[0], t)
+    t = pd.DataFrame([_answer(frame, test) for test in entry["tests"]])
+    t[["p_for", "p_against"]] = np.stack([holm(t.p_for), holm(t.p_against)], 1)
+    t["verdict"] = np.select(
+        [t.reason != "", t.p_against <= alpha, t.p_for <= alpha],
+        ["not tested", "refuted", "supported"],
+        "inconclusive",
+    )
+    ranked = [v for v in ("refuted", "not tested", "inconclusive", "supported") if (t.verdict == v).any()]
+    return Verdict(entry["id"], ranked[0], t)
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #62ff766c
 def read_results(
-    folder=None, # folder of results; reports/results if None
-) -> pd.DataFrame: # tidy results of all experiments with details; without rows if there are none
+    folder=None,  # folder of results; reports/results if None
+) -> pd.DataFrame:  # tidy results of all experiments with details; without rows if there are none
     "Read everything that has been measured, which may be nothing."
-    runs = results_folder(folder)/'runs.parquet'
-    try: frame = load_results(folder=folder)
-    except (FileNotFoundError, ValueError): frame = pd.DataFrame(columns=list(SCHEMA))
+    runs = results_folder(folder) / "runs.parquet"
+    try:
+        frame = load_results(folder=folder)
+    except (FileNotFoundError, ValueError):
+        frame = pd.DataFrame(columns=list(SCHEMA))
     return with_details(frame, pd.read_parquet(runs) if runs.exists() else None)
 
+
 def scoreboard(
-    folder=None, # folder of results; reports/results if None
-    path=None,   # YAML file; reports/hypotheses.yaml if None
-) -> pd.DataFrame: # one row per hypothesis: statement, verdict, evidence in words, rule
+    folder=None,  # folder of results; reports/results if None
+    path=None,  # YAML file; reports/hypotheses.yaml if None
+) -> pd.DataFrame:  # one row per hypothesis: statement, verdict, evidence in words, rule
     "Judge all hypotheses on what has been measured so far."
     (alpha, entries), frame = load_hypotheses(path), read_results(folder)
+
     def words(t):
-        if t.reason: return f'{t.experiment} {t.metric}: not tested ({t.reason})'
-        ends = f'{t.estimate:.3g} [{t.low:.3g}, {t.high:.3g}], n = {t.n_units:.0f} ({t.unit})'
-        p = f'p for {t.p_for:.2g}, against {t.p_against:.2g}'
-        return f'{t.experiment} {t.metric}, {t.kind}: {ends}, {p}: {t.verdict}'
+        if t.reason:
+            return f"{t.experiment} {t.metric}: not tested ({t.reason})"
+        ends = f"{t.estimate:.3g} [{t.low:.3g}, {t.high:.3g}], n = {t.n_units:.0f} ({t.unit})"
+        p = f"p for {t.p_for:.2g}, against {t.p_against:.2g}"
+        return f"{t.experiment} {t.metric}, {t.kind}: {ends}, {p}: {t.verdict}"
+
     def row(e):
         v = judge_hypothesis(e, frame, alpha)
-        evidence = '; '.join(words(t) for t in v.evidence.itertuples())
-        return dict(id=v.id, statement=e['statement'], verdict=v.verdict, evidence=evidence, rule=e['rule'])
-    return pd.DataFrame([row(e) for e in entries]).set_index('id')
+        evidence = "; ".join(words(t) for t in v.evidence.itertuples())
+        return dict(id=v.id, statement=e["statement"], verdict=v.verdict, evidence=evidence, rule=e["rule"])
+
+    return pd.DataFrame([row(e) for e in entries]).set_index("id")

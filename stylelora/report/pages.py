@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CODE', 'REDUCE', 'FIND', 'TAG', 'REFERENCES', 'MATH', 'outside_code', 'read_results', 'dig', 'need_columns', 'choose',
-           'parse_field', 'show', 'find_value', 'as_table', 'find_table', 'find_interval', 'find_arms', 'fill',
+           'parse_field', 'show', 'find_value', 'as_table', 'find_table', 'find_interval', 'find_recipes', 'fill',
            'read_bib', 'surnames', 'cite', 'reference_list', 'set_math', 'split_front', 'resolve']
 
 # %% ../../nbs/10_report/02_pages.ipynb #6d2ef655
@@ -14,259 +14,306 @@ import pandas as pd
 from ..core import read_json
 
 # %% ../../nbs/10_report/02_pages.ipynb #a3c7dc1b
-CODE = re.compile(r'^[ \t]*(?P<f>`{3,}|~{3,})[^\n]*\n.*?^[ \t]*(?P=f)[ \t]*$'       # a fenced block
-                  r'|(?<!`)(?P<q>`+)(?!`)(?:(?!\n\n).)+?(?<!`)(?P=q)(?!`)', re.M | re.S)  # or code in a line
+CODE = re.compile(
+    r"^[ \t]*(?P<f>`{3,}|~{3,})[^\n]*\n.*?^[ \t]*(?P=f)[ \t]*$"  # a fenced block
+    r"|(?<!`)(?P<q>`+)(?!`)(?:(?!\n\n).)+?(?<!`)(?P=q)(?!`)",
+    re.M | re.S,
+)  # or code in a line
+
 
 def outside_code(
-    text,   # Markdown
-    change, # function from prose to prose
-) -> str:   # Markdown with the prose changed
+    text,  # Markdown
+    change,  # function from prose to prose
+) -> str:  # Markdown with the prose changed
     "Apply a function to the prose of a page, and not to its code."
     out, at = [], 0
     for m in CODE.finditer(text):
-        out += [change(text[at:m.start()]), m[0]]
+        out += [change(text[at : m.start()]), m[0]]
         at = m.end()
-    return ''.join([*out, change(text[at:])])
+    return "".join([*out, change(text[at:])])
 
 # %% ../../nbs/10_report/02_pages.ipynb #1aefcb9d
 def read_results(
-    path, # .json, .parquet or .csv
-): # dict or list for JSON, else a DataFrame
+    path,  # .json, .parquet or .csv
+):  # dict or list for JSON, else a DataFrame
     "Read a file of results."
     path = Path(path)
-    readers = {'.json': read_json, '.parquet': pd.read_parquet, '.csv': pd.read_csv}
+    readers = {".json": read_json, ".parquet": pd.read_parquet, ".csv": pd.read_csv}
     if path.suffix not in readers:
-        raise ValueError(f'{path.name}: results are {", ".join(readers)}, not {path.suffix!r}')
+        raise ValueError(f"{path.name}: results are {', '.join(readers)}, not {path.suffix!r}")
     if not path.is_file():
-        raise FileNotFoundError(f'{path.name} is not in {path.parent.name}/: run what writes it (make study)')
+        raise FileNotFoundError(f"{path.name} is not in {path.parent.name}/: run what writes it (make study)")
     return readers[path.suffix](path)
 
 # %% ../../nbs/10_report/02_pages.ipynb #062c73e8
 def dig(
-    data, # nested dicts and lists
-    path, # keys joined by dots; a list of records is searched by `name`, or by position
-): # the value there
+    data,  # nested dicts and lists
+    path,  # keys joined by dots; a list of records is searched by `name`, or by position
+):  # the value there
     "Follow a dotted path into JSON data."
-    for key in path.split('.'):
+    for key in path.split("."):
         if isinstance(data, list):
-            named = {str(d.get('name', i)): d for i, d in enumerate(data) if isinstance(d, dict)}
+            named = {str(d.get("name", i)): d for i, d in enumerate(data) if isinstance(d, dict)}
             data = named or {str(i): d for i, d in enumerate(data)}
         if not isinstance(data, dict) or key not in data:
-            known = ', '.join(map(str, data)) if isinstance(data, dict) else f'nothing below {data!r}'
-            raise ValueError(f'no {key!r} in {path!r}; there is {known}')
+            known = ", ".join(map(str, data)) if isinstance(data, dict) else f"nothing below {data!r}"
+            raise ValueError(f"no {key!r} in {path!r}; there is {known}")
         data = data[key]
     return data
 
 # %% ../../nbs/10_report/02_pages.ipynb #fb6c678e
-REDUCE = ('mean', 'median', 'min', 'max', 'sum', 'std', 'count', 'nunique') # methods of a pandas column
+REDUCE = ("mean", "median", "min", "max", "sum", "std", "count", "nunique")  # methods of a pandas column
+
 
 def need_columns(
-    table, # DataFrame
-    names, # columns that a placeholder asks for
+    table,  # DataFrame
+    names,  # columns that a placeholder asks for
 ):
     "Refuse a column that a table does not have, listing those it has."
     if lost := [n for n in names if n not in table]:
-        raise ValueError(f'no column {lost[0]!r}; there are {", ".join(map(str, table.columns))}')
+        raise ValueError(f"no column {lost[0]!r}; there are {', '.join(map(str, table.columns))}")
+
 
 def choose(
-    table,      # DataFrame
-    conditions, # texts like 'arm==L1'
-) -> pd.DataFrame: # the rows that fulfil all of them; ValueError when none does
+    table,  # DataFrame
+    conditions,  # texts like 'recipe==L1'
+) -> pd.DataFrame:  # the rows that fulfil all of them; ValueError when none does
     "Keep the rows of a table that fulfil some equalities."
     for condition in conditions:
-        column, value = condition.split('==', 1)
+        column, value = condition.split("==", 1)
         need_columns(table, [column])
         seen = table[column].astype(str)
         table = table[seen == value]
         if not len(table):
-            raise ValueError(f'no row has {condition}; {column} is one of {", ".join(sorted(set(seen)))}')
+            raise ValueError(f"no row has {condition}; {column} is one of {', '.join(sorted(set(seen)))}")
     return table
 
 # %% ../../nbs/10_report/02_pages.ipynb #31cea7c7
 def parse_field(
-    word, # 'selector', 'selector:format' or 'selector:format=heading'
-) -> tuple: # selector, format, heading
+    word,  # 'selector', 'selector:format' or 'selector:format=heading'
+) -> tuple:  # selector, format, heading
     "Split a field of a placeholder into what, how, and under which heading."
-    left, _, heading = word.partition('=')
-    selector, _, form = left.partition(':')
+    left, _, heading = word.partition("=")
+    selector, _, form = left.partition(":")
     return selector, form, heading or selector
 
+
 def show(
-    value,   # anything from a results file
-    form='', # Python format, such as '.2f'
-) -> str:    # text for a page
+    value,  # anything from a results file
+    form="",  # Python format, such as '.2f'
+) -> str:  # text for a page
     "Print a value: numbers by their format, yes or no for flags, a dash for what is missing."
-    if isinstance(value, bool) or type(value).__name__ == 'bool_': return 'yes' if value else 'no'
-    if value is None or (isinstance(value, float) and value != value): return '–'
+    if isinstance(value, bool) or type(value).__name__ == "bool_":
+        return "yes" if value else "no"
+    if value is None or (isinstance(value, float) and value != value):
+        return "–"
     return format(value, form) if form else str(value)
 
 # %% ../../nbs/10_report/02_pages.ipynb #cd1e0e08
 def find_value(
     data,  # what `read_results` returned
-    words, # conditions, and one field
+    words,  # conditions, and one field
 ) -> str:  # the value as text
     "Look up and print the one value that a placeholder asks for."
-    fields, conditions = [w for w in words if '==' not in w], [w for w in words if '==' in w]
-    if len(fields) != 1: raise ValueError(f'a value needs one field, such as mean(value):.2f, not {fields}')
+    fields, conditions = [w for w in words if "==" not in w], [w for w in words if "==" in w]
+    if len(fields) != 1:
+        raise ValueError(f"a value needs one field, such as mean(value):.2f, not {fields}")
     selector, form, _ = parse_field(fields[0])
-    if not isinstance(data, pd.DataFrame): return show(dig(data, selector), form)
-    m = re.fullmatch(r'(\w+)\((\w+)\)', selector)
+    if not isinstance(data, pd.DataFrame):
+        return show(dig(data, selector), form)
+    m = re.fullmatch(r"(\w+)\((\w+)\)", selector)
     if not m or m[1] not in REDUCE:
-        raise ValueError(f'{selector!r}: write one of {", ".join(REDUCE)} with a column in brackets')
+        raise ValueError(f"{selector!r}: write one of {', '.join(REDUCE)} with a column in brackets")
     rows = choose(data, conditions)
     need_columns(rows, [m[2]])
     return show(getattr(rows[m[2]], m[1])(), form)
 
 # %% ../../nbs/10_report/02_pages.ipynb #7443c80c
 def as_table(
-    data, # DataFrame, list of records, or records by name
-) -> pd.DataFrame: # the records as rows
+    data,  # DataFrame, list of records, or records by name
+) -> pd.DataFrame:  # the records as rows
     "Make a table of what a JSON file holds."
-    if isinstance(data, pd.DataFrame): return data
+    if isinstance(data, pd.DataFrame):
+        return data
     if isinstance(data, dict) and all(isinstance(v, dict) for v in data.values()):
         data = [dict(name=k) | v for k, v in data.items()]
     if not (isinstance(data, list) and all(isinstance(d, dict) for d in data)):
-        raise ValueError('a table needs a list of records; choose a part of the file with file.json#path')
+        raise ValueError("a table needs a list of records; choose a part of the file with file.json#path")
     return pd.DataFrame(data, dtype=object)
+
 
 def find_table(
     data,  # what `read_results` returned
-    words, # conditions, and fields; no fields: all columns
+    words,  # conditions, and fields; no fields: all columns
 ) -> str:  # a pipe table
     "Write the table that a placeholder asks for as Markdown."
-    rows = choose(as_table(data), [w for w in words if '==' in w])
-    fields = [parse_field(w) for w in words if '==' not in w] or [(c, '', c) for c in rows.columns]
+    rows = choose(as_table(data), [w for w in words if "==" in w])
+    fields = [parse_field(w) for w in words if "==" not in w] or [(c, "", c) for c in rows.columns]
     need_columns(rows, [name for name, *_ in fields])
-    def text(v, form): return show(v, form if isinstance(v, (int, float)) else '').replace('|', '\\|')
-    cells = [[text(r[c], form) for c, form, _ in fields] for r in rows.to_dict('records')]
-    line = lambda texts: '| ' + ' | '.join(texts) + ' |'
-    rule = ['--:' if f else '---' for _, f, _ in fields]
-    return '\n'.join(map(line, [[h for *_, h in fields], rule, *cells]))
+
+    def text(v, form):
+        return show(v, form if isinstance(v, (int, float)) else "").replace("|", "\\|")
+
+    cells = [[text(r[c], form) for c, form, _ in fields] for r in rows.to_dict("records")]
+    line = lambda texts: "| " + " | ".join(texts) + " |"
+    rule = ["--:" if f else "---" for _, f, _ in fields]
+    return "\n".join(map(line, [[h for *_, h in fields], rule, *cells]))
 
 # %% ../../nbs/10_report/02_pages.ipynb #e7d5816d
 def find_interval(
     data,  # tidy results
-    words, # conditions, among them arm==… and perhaps baseline==…; the metric; `short` leaves out words
+    words,  # conditions, among them recipe==… and perhaps baseline==…; the metric; `short` leaves out words
 ) -> str:  # an estimate with its interval
-    "Print the mean of an arm, or its difference to a baseline, with its interval."
+    "Print the mean of a recipe, or its difference to a baseline, with its interval."
     from stylelora.study.results import value
-    given, fields = dict(w.split('==', 1) for w in words if '==' in w), [w for w in words if '==' not in w]
-    if 'arm' not in given or not fields: raise ValueError('an interval needs arm==… and the name of a metric')
-    rows = choose(data, [f'{k}=={v}' for k, v in given.items() if k not in ('arm', 'baseline')])
-    return value(rows, fields[0], given['arm'], given.get('baseline'), short='short' in fields)
 
-def find_arms(
+    given, fields = dict(w.split("==", 1) for w in words if "==" in w), [w for w in words if "==" not in w]
+    if "recipe" not in given or not fields:
+        raise ValueError("an interval needs recipe==… and the name of a metric")
+    rows = choose(data, [f"{k}=={v}" for k, v in given.items() if k not in ("recipe", "baseline")])
+    return value(rows, fields[0], given["recipe"], given.get("baseline"), short="short" in fields)
+
+
+def find_recipes(
     data,  # tidy results
-    words, # conditions, and names of metrics
-) -> str:  # a pipe table: floors, arms, ceilings
-    "Write the table of all arms with intervals."
+    words,  # conditions, and names of metrics
+) -> str:  # a pipe table: floors, recipes, ceilings
+    "Write the table of all recipes with intervals."
     from stylelora.study.results import markdown, table
-    rows = choose(data, [w for w in words if '==' in w])
-    return markdown(table(rows, [w for w in words if '==' not in w]))
+
+    rows = choose(data, [w for w in words if "==" in w])
+    return markdown(table(rows, [w for w in words if "==" not in w]))
 
 # %% ../../nbs/10_report/02_pages.ipynb #d9e7107d
-FIND = dict(value=find_value, table=find_table, interval=find_interval, arms=find_arms)
-TAG = re.compile(r'\{\{(' + '|'.join(FIND) + r')\s+([^{}]*?)\s*\}\}')
+FIND = dict(value=find_value, table=find_table, interval=find_interval, recipes=find_recipes)
+TAG = re.compile(r"\{\{(" + "|".join(FIND) + r")\s+([^{}]*?)\s*\}\}")
+
 
 def fill(
-    text,    # Markdown with placeholders
-    results, # folder of the results
-) -> str:    # Markdown without them
+    text,  # Markdown with placeholders
+    results,  # folder of the results
+) -> str:  # Markdown without them
     "Replace the placeholders of a page by values and tables from the results."
+
     def one(m):
         name, *words = shlex.split(m[2])
-        file, _, part = name.partition('#')
+        file, _, part = name.partition("#")
         try:
-            data = read_results(Path(results)/file)
+            data = read_results(Path(results) / file)
             return FIND[m[1]](dig(data, part) if part else data, words)
-        except (ValueError, FileNotFoundError, TypeError) as e: raise ValueError(f'{m[0]}: {e}') from None
+        except (ValueError, FileNotFoundError, TypeError) as e:
+            raise ValueError(f"{m[0]}: {e}") from None
+
     return TAG.sub(one, text)
 
 # %% ../../nbs/10_report/02_pages.ipynb #afecd21a
 def read_bib(
-    path, # BibTeX file, one field per line, each entry closed by a brace in a line of its own
-) -> dict: # key -> fields
+    path,  # BibTeX file, one field per line, each entry closed by a brace in a line of its own
+) -> dict:  # key -> fields
     "Read the bibliography."
     entries = {}
-    text = Path(path).read_text(encoding='utf-8')
-    for key, body in re.findall(r'^@\w+\{([^,\s]+),\n(.*?)^\}', text, re.M | re.S):
-        fields = dict(re.findall(r'^\s*(\w+)\s*=\s*\{(.*)\},?\s*$', body, re.M))
-        if lost := {'author', 'title', 'year'} - set(fields):
-            raise ValueError(f'{Path(path).name}: entry {key} has no {", ".join(sorted(lost))}')
-        entries[key] = {k: re.sub(r'[{}]', '', v) for k, v in fields.items()}
+    text = Path(path).read_text(encoding="utf-8")
+    for key, body in re.findall(r"^@\w+\{([^,\s]+),\n(.*?)^\}", text, re.M | re.S):
+        fields = dict(re.findall(r"^\s*(\w+)\s*=\s*\{(.*)\},?\s*$", body, re.M))
+        if lost := {"author", "title", "year"} - set(fields):
+            raise ValueError(f"{Path(path).name}: entry {key} has no {', '.join(sorted(lost))}")
+        entries[key] = {k: re.sub(r"[{}]", "", v) for k, v in fields.items()}
     return entries
 
 # %% ../../nbs/10_report/02_pages.ipynb #86fc7b9a
-REFERENCES = '/reports/references.qmd' # the page that lists the bibliography
+REFERENCES = "/reports/references.qmd"  # the page that lists the bibliography
+
 
 def surnames(
-    entry, # fields of one entry
+    entry,  # fields of one entry
 ) -> str:  # 'Ho', 'Ho & Jain' or 'Ho et al.'
     "Name the authors of an entry as a citation does."
-    names = [a.split(',')[0].strip() for a in entry['author'].split(' and ')]
-    return names[0] + (' et al.' if len(names) > 2 else ' & '.join(['', *names[1:]]))
+    names = [a.split(",")[0].strip() for a in entry["author"].split(" and ")]
+    return names[0] + (" et al." if len(names) > 2 else " & ".join(["", *names[1:]]))
+
 
 def cite(
-    text, # prose
+    text,  # prose
     bib,  # key -> fields
-) -> str: # prose with links
+) -> str:  # prose with links
     "Turn citations into links to the page of references."
+
     def link(m):
-        key = m['key']
-        if key not in bib: raise ValueError(f'@{key} is not in references.bib; there are {", ".join(bib)}')
-        return f'[{surnames(bib[key])}, {bib[key]["year"]}]({REFERENCES}#ref-{key})'
-    def bracket(m): return '(' + re.sub(r'-?@(?P<key>[\w:-]*\w)', link, m[1]) + ')'
-    text = re.sub(r'(?<![!\]\\])\[([^\[\]]*(?<![\w.])-?@\w[^\[\]]*)\](?!\()', bracket, text)
-    known = '|'.join(map(re.escape, sorted(bib, key=len, reverse=True)))
-    return re.sub(rf'(?<![\w.\[/-])@(?P<key>{known})\b', link, text) if known else text
+        key = m["key"]
+        if key not in bib:
+            raise ValueError(f"@{key} is not in references.bib; there are {', '.join(bib)}")
+        return f"[{surnames(bib[key])}, {bib[key]['year']}]({REFERENCES}#ref-{key})"
+
+    def bracket(m):
+        return "(" + re.sub(r"-?@(?P<key>[\w:-]*\w)", link, m[1]) + ")"
+
+    text = re.sub(r"(?<![!\]\\])\[([^\[\]]*(?<![\w.])-?@\w[^\[\]]*)\](?!\()", bracket, text)
+    known = "|".join(map(re.escape, sorted(bib, key=len, reverse=True)))
+    return re.sub(rf"(?<![\w.\[/-])@(?P<key>{known})\b", link, text) if known else text
 
 # %% ../../nbs/10_report/02_pages.ipynb #d35f9308
 def reference_list(
-    bib, # key -> fields
-) -> str: # Markdown, one block with an anchor per entry
+    bib,  # key -> fields
+) -> str:  # Markdown, one block with an anchor per entry
     "Write the list of references, sorted by authors and year."
+
     def one(key, e):
-        where = ', '.join(e[k] for k in ('journal', 'booktitle', 'publisher') if k in e)
-        url = e.get('url') or (f'https://arxiv.org/abs/{e["eprint"]}' if 'eprint' in e else '')
-        authors = e['author'].replace(' and ', '; ')
-        tail = (f' *{where}*.' if where else '') + (f' [{url.split("//")[-1]}]({url})' if url else '')
-        return f'::: {{#ref-{key}}}\n{authors} ({e["year"]}). {e["title"]}.{tail}\n:::'
-    order = sorted(bib.items(), key=lambda item: (item[1]['author'], item[1]['year']))
-    return '\n\n'.join(one(k, e) for k, e in order)
+        where = ", ".join(e[k] for k in ("journal", "booktitle", "publisher") if k in e)
+        url = e.get("url") or (f"https://arxiv.org/abs/{e['eprint']}" if "eprint" in e else "")
+        authors = e["author"].replace(" and ", "; ")
+        tail = (f" *{where}*." if where else "") + (f" [{url.split('//')[-1]}]({url})" if url else "")
+        return f"::: {{#ref-{key}}}\n{authors} ({e['year']}). {e['title']}.{tail}\n:::"
+
+    order = sorted(bib.items(), key=lambda item: (item[1]["author"], item[1]["year"]))
+    return "\n\n".join(one(k, e) for k, e in order)
 
 # %% ../../nbs/10_report/02_pages.ipynb #7cfccbee
-MATH = re.compile(r'\$\$(?P<block>.+?)\$\$'                                               # displayed
-                  r'|(?<![\\$\w])\$(?=\S)(?P<line>(?:[^$\n]|\n(?!\s*\n))*?(?<=[^\s\\]))\$(?![\d$])', re.S)
+MATH = re.compile(
+    r"\$\$(?P<block>.+?)\$\$"  # displayed
+    r"|(?<![\\$\w])\$(?=\S)(?P<line>(?:[^$\n]|\n(?!\s*\n))*?(?<=[^\s\\]))\$(?![\d$])",
+    re.S,
+)
+
 
 def set_math(
-    text, # prose with LaTeX between dollar signs
-) -> str: # prose with MathML
+    text,  # prose with LaTeX between dollar signs
+) -> str:  # prose with MathML
     "Convert the formulas of a page to MathML."
-    try: from latex2mathml.converter import convert
-    except ImportError: return text
+    try:
+        from latex2mathml.converter import convert
+    except ImportError:
+        return text
+
     def one(m):
-        tex = ' '.join((m['block'] or m['line']).split())
-        tex = re.sub(r'\\text\{([^}]*)\}', lambda t: t[0].replace(r'\_', '_'), tex)
-        try: made = convert(tex, display='block' if m['block'] else 'inline')
-        except Exception as e: raise ValueError(f'formula {m[0]!r}: {type(e).__name__} {e}') from None
-        return f'<span class="math display">{made}</span>' if m['block'] else made
+        tex = " ".join((m["block"] or m["line"]).split())
+        tex = re.sub(r"\\text\{([^}]*)\}", lambda t: t[0].replace(r"\_", "_"), tex)
+        try:
+            made = convert(tex, display="block" if m["block"] else "inline")
+        except Exception as e:
+            raise ValueError(f"formula {m[0]!r}: {type(e).__name__} {e}") from None
+        return f'<span class="math display">{made}</span>' if m["block"] else made
+
     return MATH.sub(one, text)
 
 # %% ../../nbs/10_report/02_pages.ipynb #98b5f41d
 def split_front(
-    text, # a page
-) -> tuple: # front matter with its fences, and the rest
+    text,  # a page
+) -> tuple:  # front matter with its fences, and the rest
     "Separate the YAML front matter of a page from its body."
-    m = re.match(r'---\n.*?\n---\n', text, re.S)
-    return (m[0], text[m.end():]) if m else ('', text)
+    m = re.match(r"---\n.*?\n---\n", text, re.S)
+    return (m[0], text[m.end() :]) if m else ("", text)
+
 
 def resolve(
-    text,    # a page in Markdown
-    results, # folder of the results
-    bib,     # key -> fields
-) -> str:    # the page in plain Markdown with HTML formulas
+    text,  # a page in Markdown
+    results,  # folder of the results
+    bib,  # key -> fields
+) -> str:  # the page in plain Markdown with HTML formulas
     "Resolve everything in a page that a renderer might not know."
     front, body = split_front(text)
     filled = outside_code(body, lambda prose: fill(prose, results))
-    def finish(prose): return set_math(cite(prose, bib)).replace('{{references}}', reference_list(bib))
+
+    def finish(prose):
+        return set_math(cite(prose, bib)).replace("{{references}}", reference_list(bib))
+
     return fill(front, results) + outside_code(filled, finish)

@@ -17,195 +17,232 @@ from ..core import human_time, root, write_atomic
 from .pages import read_bib, resolve
 
 # %% ../../nbs/10_report/03_site.ipynb #a70fd258
-KEEP = ('label', 'fig-cap', 'fig-alt', 'tbl-cap', 'echo', 'output', 'include', 'code-fold', 'code-summary')
+KEEP = ("label", "fig-cap", "fig-alt", "tbl-cap", "echo", "output", "include", "code-fold", "code-summary")
+
 
 def quoted(
-    directive, # such as '#| fig-cap: Text'
-) -> str:      # the same with its value in quotation marks, where YAML needs them
+    directive,  # such as '#| fig-cap: Text'
+) -> str:  # the same with its value in quotation marks, where YAML needs them
     "Quote the value of a directive that YAML could not read, such as a caption with a colon."
-    key, _, value = directive[2:].partition(':')
-    try: yaml.safe_load(directive[2:])
-    except yaml.YAMLError: return f'#| {key.strip()}: {json.dumps(value.strip(), ensure_ascii=False)}'
+    key, _, value = directive[2:].partition(":")
+    try:
+        yaml.safe_load(directive[2:])
+    except yaml.YAMLError:
+        return f"#| {key.strip()}: {json.dumps(value.strip(), ensure_ascii=False)}"
     return directive
 
+
 def split_directives(
-    source, # source of a code cell
-) -> tuple: # directives for the renderer, names of the other directives, code
+    source,  # source of a code cell
+) -> tuple:  # directives for the renderer, names of the other directives, code
     "Separate the directives of a cell from its code."
-    lines = source.split('\n')
-    marks = [l for l in lines if l.startswith('#|')]
-    keep = [m for m in marks if m[2:].split(':')[0].strip() in KEEP]
+    lines = source.split("\n")
+    marks = [l for l in lines if l.startswith("#|")]
+    keep = [m for m in marks if m[2:].split(":")[0].strip() in KEEP]
     names = {m[2:].split()[0] for m in marks if m not in keep and m[2:].split()}
-    return [quoted(m) for m in keep], names, '\n'.join(l for l in lines if not l.startswith('#|')).strip('\n')
+    return [quoted(m) for m in keep], names, "\n".join(l for l in lines if not l.startswith("#|")).strip("\n")
 
 # %% ../../nbs/10_report/03_site.ipynb #4b85d3a4
-WIDGET = 'application/vnd.jupyter.widget-view+json'
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
 
 def clean_outputs(
-    outputs, # outputs of a code cell, as in the file
-    where='', # name of the notebook, for the message
-) -> list:   # those that belong on a page
+    outputs,  # outputs of a code cell, as in the file
+    where="",  # name of the notebook, for the message
+) -> list:  # those that belong on a page
     "Drop what a page should not show, and refuse stored errors."
-    if bad := [o for o in outputs if o['output_type'] == 'error']:
-        error = f'{bad[0]["ename"]}: {bad[0]["evalue"]}'
-        raise ValueError(f'{where}: a stored output is {error}; run the notebook again')
-    return [o for o in outputs if o.get('name') != 'stderr' and WIDGET not in o.get('data', {})]
+    if bad := [o for o in outputs if o["output_type"] == "error"]:
+        error = f"{bad[0]['ename']}: {bad[0]['evalue']}"
+        raise ValueError(f"{where}: a stored output is {error}; run the notebook again")
+    return [o for o in outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
 
 # %% ../../nbs/10_report/03_site.ipynb #93bb3b05
 def alt_text(
-    prose,     # Markdown before the figure
-    limit=160, # characters
-) -> str:      # one sentence of plain text
+    prose,  # Markdown before the figure
+    limit=160,  # characters
+) -> str:  # one sentence of plain text
     "Take the sentence that introduces a figure as its alternative text."
-    plain = re.sub(r'```.*?```|<[^>]*>|\$[^$]*\$|[`*_]|^[>#|-][^\n]*', '', prose, flags=re.S | re.M)
-    plain = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', plain)
-    last = ([p for p in plain.split('\n\n') if p.strip(' .:\n')] or ['A figure'])[-1]
-    sentence = re.split(r'(?<=[.:!?])\s', ' '.join(last.split()))[-1].rstrip(':')
-    return sentence if len(sentence) <= limit else sentence[:limit].rsplit(' ', 1)[0] + ' …'
+    plain = re.sub(r"```.*?```|<[^>]*>|\$[^$]*\$|[`*_]|^[>#|-][^\n]*", "", prose, flags=re.S | re.M)
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", plain)
+    last = ([p for p in plain.split("\n\n") if p.strip(" .:\n")] or ["A figure"])[-1]
+    sentence = re.split(r"(?<=[.:!?])\s", " ".join(last.split()))[-1].rstrip(":")
+    return sentence if len(sentence) <= limit else sentence[:limit].rsplit(" ", 1)[0] + " …"
 
 # %% ../../nbs/10_report/03_site.ipynb #4ea0051e
 def source_of(
-    cell,   # a cell as in the file
-) -> str:   # its source
+    cell,  # a cell as in the file
+) -> str:  # its source
     "Join the source of a cell, which a file may hold as a list of lines."
-    return cell['source'] if isinstance(cell['source'], str) else ''.join(cell['source'])
+    return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+
 
 def code_page(
     cell,  # a code cell
-    prose, # the Markdown before it
-    where, # name of the notebook
-): # the cell as a page shows it, or None when the page does not
+    prose,  # the Markdown before it
+    where,  # name of the notebook
+):  # the cell as a page shows it, or None when the page does not
     "Prepare a code cell: no foreign directives, clean outputs, a text for a picture."
     keep, names, code = split_directives(source_of(cell))
-    if not code or names & {'hide', 'default_exp'}: return None
-    outputs = clean_outputs(cell.get('outputs', []), where)
-    picture = any(k.startswith('image/') for o in outputs for k in o.get('data', {}))
-    if picture and not any('fig-alt' in k for k in keep):
-        keep.append(f'#| fig-alt: {json.dumps(alt_text(prose), ensure_ascii=False)}')
-    return {**cell, 'source': '\n'.join([*keep, code]), 'outputs': outputs}
+    if not code or names & {"hide", "default_exp"}:
+        return None
+    outputs = clean_outputs(cell.get("outputs", []), where)
+    picture = any(k.startswith("image/") for o in outputs for k in o.get("data", {}))
+    if picture and not any("fig-alt" in k for k in keep):
+        keep.append(f"#| fig-alt: {json.dumps(alt_text(prose), ensure_ascii=False)}")
+    return {**cell, "source": "\n".join([*keep, code]), "outputs": outputs}
 
 # %% ../../nbs/10_report/03_site.ipynb #1f5f47bf
 def front_of(
-    text, mark='', # the first Markdown cell of a notebook; what tells it from others of that title
-) -> tuple: # front matter as YAML, and the rest of the cell
+    text,
+    mark="",  # the first Markdown cell of a notebook; what tells it from others of that title
+) -> tuple:  # front matter as YAML, and the rest of the cell
     "Turn the head of a notebook into front matter."
-    m = re.match(rf'\s*# ([^\n]+?)(?: \({re.escape(mark)}\))?\n+(?:> ([^\n]+)\n*)?', text + '\n')
-    if not m: raise ValueError(f'a notebook starts with "# Title", not with {text[:40]!r}')
-    plain = [re.sub(r'[`*]', '', t or '') for t in (m[1] + f' ({mark})'*bool(mark), m[2])]
-    lines = [f'{k}: {json.dumps(t, ensure_ascii=False)}' for k, t in zip(('title', 'subtitle'), plain) if t]
-    return '---\n' + '\n'.join(lines) + '\n---\n', (text + '\n')[m.end():].strip()
+    m = re.match(rf"\s*# ([^\n]+?)(?: \({re.escape(mark)}\))?\n+(?:> ([^\n]+)\n*)?", text + "\n")
+    if not m:
+        raise ValueError(f'a notebook starts with "# Title", not with {text[:40]!r}')
+    plain = [re.sub(r"[`*]", "", t or "") for t in (m[1] + f" ({mark})" * bool(mark), m[2])]
+    lines = [f"{k}: {json.dumps(t, ensure_ascii=False)}" for k, t in zip(("title", "subtitle"), plain) if t]
+    return "---\n" + "\n".join(lines) + "\n---\n", (text + "\n")[m.end() :].strip()
 
 # %% ../../nbs/10_report/03_site.ipynb #6af75d05
 def notebook_page(
-    path, results, bib, # .ipynb; folder of the results; bibliography
-) -> str: # the page as notebook JSON
+    path,
+    results,
+    bib,  # .ipynb; folder of the results; bibliography
+) -> str:  # the page as notebook JSON
     "Prepare a notebook for a renderer; its stored outputs stay, nothing is executed."
-    nb, cells, prose = json.loads(Path(path).read_text(encoding='utf-8')), [], ''
-    for cell in nb['cells']:
-        if cell['cell_type'] == 'code': page = code_page(cell, prose, Path(path).name)
+    nb, cells, prose = json.loads(Path(path).read_text(encoding="utf-8")), [], ""
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code":
+            page = code_page(cell, prose, Path(path).name)
         else:
             prose = source_of(cell)
             if not cells:
-                arm = Path(path).stem.partition('-')[2]
-                front, prose = front_of(prose, 'template' if Path(path).parent.name == 'experiments' else arm)
-                cells.append(dict(cell_type='raw', id='front', metadata={}, source=front))
-            page = {**cell, 'source': resolve(prose, results, bib)}
-        if page and page['source']: cells.append(page)
-    return json.dumps({**nb, 'cells': cells}, ensure_ascii=False)
+                recipe = Path(path).stem.partition("-")[2]
+                front, prose = front_of(prose, "template" if "experiments" in Path(path).parts else recipe)
+                cells.append(dict(cell_type="raw", id="front", metadata={}, source=front))
+            page = {**cell, "source": resolve(prose, results, bib)}
+        if page and page["source"]:
+            cells.append(page)
+    return json.dumps({**nb, "cells": cells}, ensure_ascii=False)
 
 # %% ../../nbs/10_report/03_site.ipynb #a885f861
 def write_out(
     entry,  # any part of the configuration
-    folder, # the repository
-): # the same with file patterns written out, and without empty sections
+    folder,  # the repository
+):  # the same with file patterns written out, and without empty sections
     "Replace the patterns in a configuration by the files that match, in order."
     if isinstance(entry, dict):
         return {k: write_out(v, folder) for k, v in entry.items()}
-    if not isinstance(entry, list): return entry
+    if not isinstance(entry, list):
+        return entry
     out = []
     for e in entry:
-        if isinstance(e, str) and '*' in e:
+        if isinstance(e, str) and "*" in e:
             out += sorted(p.relative_to(folder).as_posix() for p in folder.glob(e))
-        else: out.append(write_out(e, folder))
-    return [e for e in out if not (isinstance(e, dict) and e.get('contents') == [])]
+        else:
+            out.append(write_out(e, folder))
+    return [e for e in out if not (isinstance(e, dict) and e.get("contents") == [])]
 
 # %% ../../nbs/10_report/03_site.ipynb #f7608c28
 def read_config(
-    folder, # the repository
-    renderer='quarto', # 'quarto' or 'smalldocs'
+    folder,  # the repository
+    renderer="quarto",  # 'quarto' or 'smalldocs'
 ) -> dict:  # the configuration, with the pages written out
     "Read `_quarto.yml` as a renderer should see it."
-    config = write_out(yaml.safe_load((folder/'_quarto.yml').read_text(encoding='utf-8')), folder)
-    drop = ('bibliography', 'execute') if renderer == 'smalldocs' else ('bibliography',)
+    config = write_out(yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8")), folder)
+    drop = ("bibliography", "execute") if renderer == "smalldocs" else ("bibliography",)
     return {k: v for k, v in config.items() if k not in drop}
 
 # %% ../../nbs/10_report/03_site.ipynb #b4731a8b
 def mend_links(
-    text, page, # a page, or a notebook as JSON; its name, relative to the repository
-    pages,      # names of all pages
-) -> str:       # the same with links to notebooks that exist
+    text,
+    page,  # a page, or a notebook as JSON; its name, relative to the repository
+    pages,  # names of all pages
+) -> str:  # the same with links to notebooks that exist
     "Point links to notebooks at where the site has them."
-    def plain(p): return re.sub(r'^\d+[a-z]?_|-.*$', '', Path(p).stem)
+
+    def plain(p):
+        return re.sub(r"^\d+[a-z]?_|-.*$", "", Path(p).stem)
+
     def one(m):
-        target = os.path.normpath(Path(page).parent/m[1])
-        near = [p for p in pages if p.endswith('.ipynb') and plain(p) == plain(target)]
-        if target in pages or not near: return m[0]
+        target = os.path.normpath(Path(page).parent / m[1])
+        near = [p for p in pages if p.endswith(".ipynb") and plain(p) == plain(target)]
+        if target in pages or not near:
+            return m[0]
         best = min(near, key=lambda p: Path(p).parent != Path(target).parent)
-        return f']({os.path.relpath(best, Path(page).parent)}'
-    return re.sub(r'\]\(([^()#:\s]+\.ipynb)', one, text)
+        return f"]({os.path.relpath(best, Path(page).parent)}"
+
+    return re.sub(r"\]\(([^()#:\s]+\.ipynb)", one, text)
 
 # %% ../../nbs/10_report/03_site.ipynb #d550cd40
 def stage(
-    source, target, # the repository, and an empty folder
-    renderer='quarto', # 'quarto' or 'smalldocs'
-) -> list: # the pages, relative to the folder
+    source,
+    target,  # the repository, and an empty folder
+    renderer="quarto",  # 'quarto' or 'smalldocs'
+) -> list:  # the pages, relative to the folder
     "Write a copy of the site's sources in which everything is resolved."
     config = read_config(source, renderer)
-    results, bib = source/'reports'/'results', source/'reports'/'references.bib'
+    results, bib = source / "reports" / "results", source / "reports" / "references.bib"
     bib = read_bib(bib) if bib.exists() else {}
-    pages = config['project']['render']
-    for p in pages: write_atomic(target/p, mend_links(page_text(source/p, results, bib), p, pages))
-    for name in config['project'].get('resources', []): write_atomic(target/name, (source/name).read_bytes())
-    write_atomic(target/'_quarto.yml', yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    pages = config["project"]["render"]
+    for p in pages:
+        write_atomic(target / p, mend_links(page_text(source / p, results, bib), p, pages))
+    for name in config["project"].get("resources", []):
+        write_atomic(target / name, (source / name).read_bytes())
+    write_atomic(target / "_quarto.yml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return pages
 
+
 def page_text(
-    path, results, bib, # .qmd, .md or .ipynb; folder of the results; bibliography
-) -> str: # the page, resolved
+    path,
+    results,
+    bib,  # .qmd, .md or .ipynb; folder of the results; bibliography
+) -> str:  # the page, resolved
     "Resolve a page, and name it when that fails."
     try:
-        if path.suffix == '.ipynb': return notebook_page(path, results, bib)
-        return resolve(path.read_text(encoding='utf-8'), results, bib)
-    except ValueError as e: raise ValueError(f'{path.name}: {e}') from None
+        if path.suffix == ".ipynb":
+            return notebook_page(path, results, bib)
+        return resolve(path.read_text(encoding="utf-8"), results, bib)
+    except ValueError as e:
+        raise ValueError(f"{path.name}: {e}") from None
 
 # %% ../../nbs/10_report/03_site.ipynb #069cb502
-COMMANDS = dict(quarto=['quarto', 'render', '.'],
-                smalldocs=[sys.executable, '-m', 'smalldocs.cli', 'render', '.', '--strict', '--quiet'])
+COMMANDS = dict(
+    quarto=["quarto", "render", "."],
+    smalldocs=[sys.executable, "-m", "smalldocs.cli", "render", ".", "--strict", "--quiet"],
+)
+
 
 def find_renderer(
-    name='auto', # 'auto', 'quarto' or 'smalldocs'
-) -> str:        # 'quarto' or 'smalldocs'
+    name="auto",  # 'auto', 'quarto' or 'smalldocs'
+) -> str:  # 'quarto' or 'smalldocs'
     "Choose the renderer: Quarto where it is installed, else smalldocs."
-    if name not in ('auto', *COMMANDS):
+    if name not in ("auto", *COMMANDS):
         raise ValueError(f"renderer={name!r} is unknown; use 'auto', 'quarto' or 'smalldocs'")
-    here = dict(quarto=shutil.which('quarto'), smalldocs=importlib.util.find_spec('smalldocs'))
-    if name == 'auto': name = 'quarto' if here['quarto'] else 'smalldocs'
-    if not here[name]: raise FileNotFoundError(f'{name} is not installed here; try `pip install smalldocs`')
+    here = dict(quarto=shutil.which("quarto"), smalldocs=importlib.util.find_spec("smalldocs"))
+    if name == "auto":
+        name = "quarto" if here["quarto"] else "smalldocs"
+    if not here[name]:
+        raise FileNotFoundError(f"{name} is not installed here; try `pip install smalldocs`")
     return name
 
+
 def render(
-    folder,   # staged pages
-    renderer, # 'quarto' or 'smalldocs'
-) -> Path:    # the folder of the site
+    folder,  # staged pages
+    renderer,  # 'quarto' or 'smalldocs'
+) -> Path:  # the folder of the site
     "Run the renderer on staged pages."
     done = subprocess.run(COMMANDS[renderer], cwd=folder, capture_output=True, text=True)
     said = (done.stdout + done.stderr).strip()
-    if done.returncode: raise RuntimeError(f'{renderer} failed:\n{said[-2000:]}')
-    return Path(folder)/'_site'
+    if done.returncode:
+        raise RuntimeError(f"{renderer} failed:\n{said[-2000:]}")
+    return Path(folder) / "_site"
 
 # %% ../../nbs/10_report/03_site.ipynb #cc8cdb02
 class PageReader(HTMLParser):
     "Collect links, pictures, anchors and prose of a page."
+
     def __init__(self, text):
         super().__init__()
         self.links, self.images, self.ids, self.prose, self.skip = [], [], set(), [], 0
@@ -214,77 +251,90 @@ class PageReader(HTMLParser):
     def handle_starttag(self, tag, attrs):
         "Note what a tag refers to."
         a = dict(attrs)
-        self.skip += tag in ('code', 'pre', 'script', 'style')
-        if 'id' in a: self.ids.add(a['id'])
-        if tag == 'a' and a.get('href'): self.links.append(a['href'])
-        if tag == 'img': self.images.append((a.get('src') or '', a.get('alt')))
+        self.skip += tag in ("code", "pre", "script", "style")
+        if "id" in a:
+            self.ids.add(a["id"])
+        if tag == "a" and a.get("href"):
+            self.links.append(a["href"])
+        if tag == "img":
+            self.images.append((a.get("src") or "", a.get("alt")))
 
     def handle_endtag(self, tag):
         "Leave code."
-        self.skip -= tag in ('code', 'pre', 'script', 'style')
+        self.skip -= tag in ("code", "pre", "script", "style")
 
     def handle_data(self, data):
         "Keep prose."
-        if not self.skip: self.prose.append(data)
+        if not self.skip:
+            self.prose.append(data)
 
 # %% ../../nbs/10_report/03_site.ipynb #04de2738
-RAW = ('@fig-', '@tbl-', '@eq-', '[@', '{{', '$$', 'Traceback (most recent call last)')
+RAW = ("@fig-", "@tbl-", "@eq-", "[@", "{{", "$$", "Traceback (most recent call last)")
+
 
 def local_target(
-    href, # link as written
-    page, # file that it is written in
-): # file and anchor it leads to, or None for a link out of the site
+    href,  # link as written
+    page,  # file that it is written in
+):  # file and anchor it leads to, or None for a link out of the site
     "Find the file that a link leads to."
     url = urlsplit(href)
-    if url.scheme or url.netloc: return None
-    file = (page.parent/unquote(url.path)).resolve() if url.path else page.resolve()
-    return (file/'index.html' if file.is_dir() else file), unquote(url.fragment)
+    if url.scheme or url.netloc:
+        return None
+    file = (page.parent / unquote(url.path)).resolve() if url.path else page.resolve()
+    return (file / "index.html" if file.is_dir() else file), unquote(url.fragment)
+
 
 def check_page(
-    page, # an .html file
-    read, # function from a file to its PageReader
-) -> list: # one line per problem
+    page,  # an .html file
+    read,  # function from a file to its PageReader
+) -> list:  # one line per problem
     "List what is wrong with a page of the site."
     seen, out = read(page), []
     for href in [*seen.links, *(src for src, _ in seen.images)]:
-        file, anchor = local_target(href, page) or (page, '')
-        if not file.is_file(): out.append(f'{href} leads nowhere')
-        elif anchor and file.suffix == '.html' and anchor not in read(file).ids:
-            out.append(f'{href}: no such anchor')
-    out += [f'picture {src[:60]} has no alternative text' for src, alt in seen.images if not alt]
-    return out + [f'{mark!r} is left in the text' for mark in RAW if mark in ''.join(seen.prose)]
+        file, anchor = local_target(href, page) or (page, "")
+        if not file.is_file():
+            out.append(f"{href} leads nowhere")
+        elif anchor and file.suffix == ".html" and anchor not in read(file).ids:
+            out.append(f"{href}: no such anchor")
+    out += [f"picture {src[:60]} has no alternative text" for src, alt in seen.images if not alt]
+    return out + [f"{mark!r} is left in the text" for mark in RAW if mark in "".join(seen.prose)]
 
 # %% ../../nbs/10_report/03_site.ipynb #9222f4c3
 def check_site(
-    folder, # a built site
+    folder,  # a built site
 ) -> list:  # one line per problem, each with its page
     "List the broken links, missing pictures and marks left in the text of a whole site."
     readers, folder = {}, Path(folder)
+
     def read(file):
-        if file not in readers: readers[file] = PageReader(file.read_text(encoding='utf-8'))
+        if file not in readers:
+            readers[file] = PageReader(file.read_text(encoding="utf-8"))
         return readers[file]
-    pages = sorted(p for p in folder.rglob('*.html') if 'site_libs' not in p.parts)
-    if not pages: raise FileNotFoundError(f'{folder} has no pages; build the site first (make report)')
-    return [f'{p.relative_to(folder)}: {line}' for p in pages for line in check_page(p, read)]
+
+    pages = sorted(p for p in folder.rglob("*.html") if "site_libs" not in p.parts)
+    if not pages:
+        raise FileNotFoundError(f"{folder} has no pages; build the site first (make report)")
+    return [f"{p.relative_to(folder)}: {line}" for p in pages for line in check_page(p, read)]
 
 # %% ../../nbs/10_report/03_site.ipynb #698fdf40
 def build_site(
-    out=None, # folder of the site; None: `_site` in the repository
-    renderer='auto', # 'auto', 'quarto' or 'smalldocs'
-    source=None, # the repository; None: this one
-    say=print, # where progress goes
-) -> Path:    # the folder of the site
+    out=None,  # folder of the site; None: `_site` in the repository
+    renderer="auto",  # 'auto', 'quarto' or 'smalldocs'
+    source=None,  # the repository; None: this one
+    say=print,  # where progress goes
+) -> Path:  # the folder of the site
     "Build the website from pages, notebooks and results; nothing is executed."
     source, renderer, start = Path(source or root()), find_renderer(renderer), time.time()
-    out = Path(out or source/'_site').resolve()
-    if out.exists() and any(out.iterdir()) and not (out/'site_libs').is_dir():
-        raise ValueError(f'{out} is not empty and not a site; give another folder')
+    out = Path(out or source / "_site").resolve()
+    if out.exists() and any(out.iterdir()) and not (out / "site_libs").is_dir():
+        raise ValueError(f"{out} is not empty and not a site; give another folder")
     with tempfile.TemporaryDirectory() as tmp:
         pages = stage(source, Path(tmp), renderer)
-        say(f'{len(pages)} pages staged, rendering with {renderer}')
+        say(f"{len(pages)} pages staged, rendering with {renderer}")
         site = render(tmp, renderer)
-        if problems := check_site(site): raise ValueError('the site has problems:\n' + '\n'.join(problems))
+        if problems := check_site(site):
+            raise ValueError("the site has problems:\n" + "\n".join(problems))
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(site, out)
-    say(f'{len(pages)} pages after {human_time(time.time() - start)}; open {out.name}/index.html')
+    say(f"{len(pages)} pages after {human_time(time.time() - start)}; open {out.name}/index.html")
     return out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['list_jobs', 'image_generator', 'draw_latents', 'read_size', 'picture_size', 'as_images', 'kept_steps', 'Images',
-           'Settings', 'plan_walk', 'draw_batch', 'pair_negatives', 'generate', 'kind_of', 'start_picture',
+           'Settings', 'plan_denoising', 'draw_batch', 'pair_negatives', 'generate', 'kind_of', 'start_picture',
            'write_grid']
 
 # %% ../../nbs/06_sample/02_generate.ipynb #f8e29585
@@ -28,262 +28,318 @@ from ..plots import canvas
 
 # %% ../../nbs/06_sample/02_generate.ipynb #b97773b6
 def list_jobs(
-    prompts, # a text or a list of n texts
-    seeds=0, # a seed, a list of seeds for every prompt, or n lists of seeds
-) -> list:   # (prompt, seed) for each picture, prompt by prompt
+    prompts,  # a text or a list of n texts
+    seeds=0,  # a seed, a list of seeds for every prompt, or n lists of seeds
+) -> list:  # (prompt, seed) for each picture, prompt by prompt
     "Pair prompts with seeds."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = [seeds] if isinstance(seeds, (Integral, str)) else list(seeds)
     own = any(isinstance(s, (list, tuple, range)) for s in seeds)
     if own and len(seeds) != len(prompts):
-        raise ValueError(f'{len(seeds)} lists of seeds, {len(prompts)} prompts; pass one each or a flat list')
-    jobs = [(p, s) for p, ss in zip(prompts, seeds if own else [seeds]*len(prompts)) for s in ss]
-    if not jobs: raise ValueError('nothing to draw: pass at least one prompt and one seed')
+        raise ValueError(f"{len(seeds)} lists of seeds, {len(prompts)} prompts; pass one each or a flat list")
+    jobs = [(p, s) for p, ss in zip(prompts, seeds if own else [seeds] * len(prompts)) for s in ss]
+    if not jobs:
+        raise ValueError("nothing to draw: pass at least one prompt and one seed")
     return jobs
 
+
 def image_generator(
-    seed, # whole number, as in other programs, or anything that prints
-) -> torch.Generator: # cpu generator of one picture
+    seed,  # whole number, as in other programs, or anything that prints
+) -> torch.Generator:  # cpu generator of one picture
     "Start the generator that belongs to one picture."
-    if isinstance(seed, Integral): return torch.Generator().manual_seed(int(seed))
-    return generator('image', seed)
+    if isinstance(seed, Integral):
+        return torch.Generator().manual_seed(int(seed))
+    return generator("image", seed)
 
 # %% ../../nbs/06_sample/02_generate.ipynb #db1f7667
 @torch.no_grad()
 def draw_latents(
-    model,         # callable model(x, sigma) -> x0_hat
-    sampler,       # a Sampler, see `pick_sampler`
-    sigmas,        # descending noise levels (n+1,)
-    generators,    # one cpu torch.Generator per picture, b of them
-    shape,         # shape of one latent (c,h,w)
-    start=None,    # latents to start from (b,c,h,w); None starts from pure noise
-    device='cpu',  # where to compute
-    eta=None,      # share of fresh noise; None is the sampler's custom
-    callback=None, # see `sample.ask`
-) -> torch.Tensor: # latents (b,c,h,w) of unit variance
+    model,  # callable model(x, sigma) -> x0_hat
+    sampler,  # a Sampler, see `pick_sampler`
+    sigmas,  # descending noise levels (n+1,)
+    generators,  # one cpu torch.Generator per picture, b of them
+    shape,  # shape of one latent (c,h,w)
+    start=None,  # latents to start from (b,c,h,w); None starts from pure noise
+    device="cpu",  # where to compute
+    eta=None,  # share of fresh noise; None is the sampler's custom
+    callback=None,  # see `sample.ask`
+) -> torch.Tensor:  # latents (b,c,h,w) of unit variance
     "Walk from noise, or from noisy latents, to clean latents."
     noise = randn_each(shape, generators, device)
-    x = noise*sampler.start(sigmas[0]) if start is None else start + float(sigmas[0])*noise
+    x = noise * sampler.start(sigmas[0]) if start is None else start + float(sigmas[0]) * noise
     source = sampler.noise(shape, generators, sigmas, device, x.dtype)
     more = {} if eta is None else dict(eta=eta)
     x = sampler.run(model, x, sigmas, noise_sampler=source, callback=callback, **more)
-    return x/(1 + float(sigmas[-1])**2)**.5
+    return x / (1 + float(sigmas[-1]) ** 2) ** 0.5
 
 # %% ../../nbs/06_sample/02_generate.ipynb #39568638
 def read_size(
-    size, # pixels of a side, (height, width), words such as '768x512' with the width first, or None
-) -> tuple: # (height, width), or None
+    size,  # pixels of a side, (height, width), words such as '768x512' with the width first, or None
+) -> tuple:  # (height, width), or None
     "Read the size of a picture."
-    if size is None: return None
-    if isinstance(size, str): parts = size.lower().split('x')[::-1]
-    else: parts = list(size) if isinstance(size, (tuple, list)) else [size]
-    pair = parts*2 if len(parts) == 1 else parts
-    if len(pair) == 2 and all(str(n).isdecimal() and int(n) for n in pair): return tuple(int(n) for n in pair)
+    if size is None:
+        return None
+    if isinstance(size, str):
+        parts = size.lower().split("x")[::-1]
+    else:
+        parts = list(size) if isinstance(size, (tuple, list)) else [size]
+    pair = parts * 2 if len(parts) == 1 else parts
+    if len(pair) == 2 and all(str(n).isdecimal() and int(n) for n in pair):
+        return tuple(int(n) for n in pair)
     raise ValueError(f"size={size!r}; use a number of pixels, (height, width), or words such as '768x512'")
 
+
 def picture_size(
-    base, # the Base
-    size=None, # see `read_size`; None: as the base was trained
-) -> tuple: # height and width in pixels
+    base,  # the Base
+    size=None,  # see `read_size`; None: as the base was trained
+) -> tuple:  # height and width in pixels
     "Check the size of a picture that a base is asked for."
     pair = read_size(size) or (base.size, base.size)
-    if any(n % base.scale_factor for n in pair): raise ValueError(
-        f'size={size!r}; this base draws whole multiples of {base.scale_factor} pixels')
+    if any(n % base.scale_factor for n in pair):
+        raise ValueError(f"size={size!r}; this base draws whole multiples of {base.scale_factor} pixels")
     return pair
 
 # %% ../../nbs/06_sample/02_generate.ipynb #563cd5a0
 def as_images(
-    images, # bytes (n,h,w,3) or (h,w,3), or a tensor (n,3,h,w) in [-1,1]
-    height, # of the pictures to draw
+    images,  # bytes (n,h,w,3) or (h,w,3), or a tensor (n,3,h,w) in [-1,1]
+    height,  # of the pictures to draw
     width,  # of the pictures to draw
-) -> torch.Tensor: # (n,3,height,width) in [-1,1]
+) -> torch.Tensor:  # (n,3,height,width) in [-1,1]
     "Accept pictures to start from."
     if not isinstance(images, torch.Tensor):
         a = np.asarray(images)
-        if a.dtype != np.uint8: raise ValueError(f'images of type {a.dtype}; pass bytes or a tensor')
-        images = torch.from_numpy(a[None] if a.ndim == 3 else a).movedim(-1, -3)/127.5 - 1
+        if a.dtype != np.uint8:
+            raise ValueError(f"images of type {a.dtype}; pass bytes or a tensor")
+        images = torch.from_numpy(a[None] if a.ndim == 3 else a).movedim(-1, -3) / 127.5 - 1
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
-        raise ValueError(f'images of shape {tuple(images.shape)}; resize them to (n,3,{height},{width})')
+        raise ValueError(f"images of shape {tuple(images.shape)}; resize them to (n,3,{height},{width})")
     return images
 
+
 def kept_steps(
-    n,        # number of steps
-    strength, # share of the steps to walk, in (0,1]
-) -> int:     # steps that are walked
+    n,  # number of steps
+    strength,  # share of the steps to walk, in (0,1]
+) -> int:  # steps that are walked
     "Compute how many steps an image-to-image walk takes."
-    if not 0 < strength <= 1: raise ValueError(f'strength={strength!r}; use a share above 0 and up to 1')
-    if not (kept := min(int(n*strength), n)):
-        raise ValueError(f'strength={strength} of {n} steps is no step at all; use more of either')
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength!r}; use a share above 0 and up to 1")
+    if not (kept := min(int(n * strength), n)):
+        raise ValueError(f"strength={strength} of {n} steps is no step at all; use more of either")
     return kept
 
 # %% ../../nbs/06_sample/02_generate.ipynb #7d9dee29
 @dataclass
 class Images:
     "Hold drawn pictures and what is known about each."
-    images:np.ndarray  # bytes (n,h,w,3)
-    table:pd.DataFrame # prompt, seed, sampler, spacing, steps, strength, cfg, nfe, passes, seconds; n rows
-    def __len__(self): return len(self.images)
 
-    def save(self, folder): # folder for the files; it is made
+    images: np.ndarray  # bytes (n,h,w,3)
+    table: pd.DataFrame  # prompt, seed, sampler, spacing, steps, strength, cfg, nfe, passes, seconds; n rows
+
+    def __len__(self):
+        return len(self.images)
+
+    def save(self, folder):  # folder for the files; it is made
         "Write one PNG per picture and `images.json` with the table; return the names."
         rows = enumerate(self.table.itertuples())
-        names = [f'{i:04d}-{slug(r.prompt)[:48]}-{slug(r.seed)}.png' for i, r in rows]
+        names = [f"{i:04d}-{slug(r.prompt)[:48]}-{slug(r.seed)}.png" for i, r in rows]
         for name, image in zip(names, self.images):
-            Image.fromarray(image).save(out := io.BytesIO(), 'PNG')
-            write_atomic(f'{folder}/{name}', out.getvalue())
-        write_json(f'{folder}/images.json', self.table.assign(file=names).to_dict('records'))
+            Image.fromarray(image).save(out := io.BytesIO(), "PNG")
+            write_atomic(f"{folder}/{name}", out.getvalue())
+        write_json(f"{folder}/images.json", self.table.assign(file=names).to_dict("records"))
         return names
 
 # %% ../../nbs/06_sample/02_generate.ipynb #706b8313
 @dataclass(frozen=True)
 class Settings:
     "Say how pictures are drawn; checked when made."
-    sampler:str = 'ddim'     # a name out of SAMPLERS
-    steps:int = 50           # number of steps, before `strength`
-    cfg_scale:float = 7.5    # guidance scale; 1 skips the unconditional pass
-    negative:object = ''     # prompt to be guided away from, or a tuple with one for each prompt
-    rescale:float = 0.       # guidance rescale in [0,1]
-    spacing:str = None       # noise levels; None is the sampler's custom
-    eta:float = None         # share of fresh noise in [0,1]; None is the sampler's custom
-    strength:float = .7      # share of the steps to walk when starting from a picture, in (0,1]
-    precision:str = 'float32' # arithmetic of the U-Net: 'float32', 'bfloat16', 'float16', or 'auto'
-    size:object = None       # see `read_size`; None: as the base was trained
+
+    sampler: str = "ddim"  # a name out of SAMPLERS
+    num_inference_steps: int = 50  # number of steps, before `strength`
+    guidance_scale: float = 7.5  # guidance scale; 1 skips the unconditional pass
+    negative_prompt: object = ""  # prompt to be guided away from, or a tuple with one for each prompt
+    guidance_rescale: float = 0.0  # guidance rescale in [0,1]
+    timestep_spacing: str = None  # noise levels; None is the sampler's custom
+    eta: float = None  # share of fresh noise in [0,1]; None is the sampler's custom
+    strength: float = 0.7  # share of the steps to walk when starting from a picture, in (0,1]
+    mixed_precision: str = "float32"  # arithmetic of the U-Net: 'float32', 'bfloat16', 'float16', or 'auto'
+    size: object = None  # see `read_size`; None: as the base was trained
 
     def __post_init__(self):
-        if self.eta is not None and 'eta' not in signature(pick_sampler(self.sampler).run).parameters:
-            raise ValueError(f'eta={self.eta!r}: sampler {self.sampler!r} draws no fresh noise; leave it out')
-        if self.cfg_scale < 0: raise ValueError(f'cfg_scale={self.cfg_scale!r}; use 1 (none) or more')
-        if self.cfg_scale == 1 and self.negative and any(self.negative):
-            raise ValueError(f'negative={self.negative!r} has no effect at cfg_scale=1; use a scale above 1')
-        pick_precision(self.precision); read_size(self.size); self.sigmas(as_schedule('scaled_linear'))
+        if self.eta is not None and "eta" not in signature(pick_sampler(self.sampler).run).parameters:
+            raise ValueError(f"eta={self.eta!r}: sampler {self.sampler!r} draws no fresh noise; leave it out")
+        if self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale={self.guidance_scale!r}; use 1 (none) or more")
+        if self.guidance_scale == 1 and self.negative_prompt and any(self.negative_prompt):
+            raise ValueError(
+                f"negative_prompt={self.negative_prompt!r} has no effect at guidance_scale=1; use a scale above 1"
+            )
+        pick_precision(self.mixed_precision)
+        read_size(self.size)
+        self.sigmas(as_schedule("scaled_linear"))
 
-    def sigmas(self, schedule): # the Schedule of the base
-        "Compute the noise levels (steps+1,)."
-        return pick_sampler(self.sampler).sigmas(schedule, self.steps, self.spacing)
+    def sigmas(self, schedule):  # the Schedule of the base
+        "Compute the noise levels (num_inference_steps+1,)."
+        return pick_sampler(self.sampler).sigmas(schedule, self.num_inference_steps, self.timestep_spacing)
 
 # %% ../../nbs/06_sample/02_generate.ipynb #fa0386a4
-def plan_walk(
-    base,   # the Base
-    how,    # the Settings
-    jobs,   # (prompt, seed) for each picture
-    images=None, # None, or pictures: one for all, one per prompt, or one per job
-) -> tuple: # noise levels to walk (k+1,), and pictures to start from (n,3,h,w) or None
+def plan_denoising(
+    base,  # the Base
+    how,  # the Settings
+    jobs,  # (prompt, seed) for each picture
+    images=None,  # None, or pictures: one for all, one per prompt, or one per job
+) -> tuple:  # noise levels to walk (k+1,), and pictures to start from (n,3,h,w) or None
     "Find the noise levels of a walk and the pictures that it starts from."
     sigmas, prompts = how.sigmas(base.schedule), list(dict.fromkeys(p for p, _ in jobs))
     size, n = picture_size(base, how.size), len(jobs)
-    if images is None: return sigmas, None
+    if images is None:
+        return sigmas, None
     images = as_images(images, *size)
     if len(images) not in (1, len(prompts), n):
-        raise ValueError(f'{len(images)} images for {len(prompts)} prompts, {n} jobs; pass one, or one each')
-    index = {1: [0]*n, len(prompts): [prompts.index(p) for p, _ in jobs], n: list(range(n))}[len(images)]
-    return sigmas[how.steps - kept_steps(how.steps, how.strength):], images[index]
+        raise ValueError(f"{len(images)} images for {len(prompts)} prompts, {n} jobs; pass one, or one each")
+    index = {1: [0] * n, len(prompts): [prompts.index(p) for p, _ in jobs], n: list(range(n))}[len(images)]
+    return sigmas[how.num_inference_steps - kept_steps(how.num_inference_steps, how.strength) :], images[
+        index
+    ]
 
 # %% ../../nbs/06_sample/02_generate.ipynb #4a01f711
 def draw_batch(
-    base, how,     # the Base; the Settings
-    jobs,          # (prompt, seed) for each picture of the batch
-    sigmas,        # noise levels to walk (k+1,)
-    images=None,   # pictures to start from (b,3,h,w), or None
-    callback=None, # see `sample.ask`
-    negatives=None, # a negative prompt for each picture; None takes that of the settings for all
-) -> tuple:        # bytes (b,h,w,3), and a table with a row per picture
+    base,
+    how,  # the Base; the Settings
+    jobs,  # (prompt, seed) for each picture of the batch
+    sigmas,  # noise levels to walk (k+1,)
+    images=None,  # pictures to start from (b,3,h,w), or None
+    callback=None,  # see `sample.ask`
+    negatives=None,  # a negative prompt for each picture; None takes that of the settings for all
+) -> tuple:  # bytes (b,h,w,3), and a table with a row per picture
     "Draw one batch of pictures and write down what it cost."
-    began, guided = time.perf_counter(), how.cfg_scale != 1
-    away = [how.negative] if negatives is None else negatives
+    began, guided = time.perf_counter(), how.guidance_scale != 1
+    away = [how.negative_prompt] if negatives is None else negatives
     uncond = encode_text(base, away if len(set(away)) > 1 else away[:1]) if guided else None
-    model = denoiser(base, encode_text(base, [p for p, _ in jobs]), uncond, how.cfg_scale, how.rescale)
+    model = denoiser(
+        base, encode_text(base, [p for p, _ in jobs]), uncond, how.guidance_scale, how.guidance_rescale
+    )
     start = None if images is None else encode_image(base, images)
     walk, seeds = pick_sampler(how.sampler), [image_generator(s) for _, s in jobs]
-    shape = base.latent_shape[0], *(n//base.scale_factor for n in picture_size(base, how.size))
-    with arithmetic(base.device, pick_precision(how.precision, base.device)):
-        latents = draw_latents(model, walk, sigmas, seeds, shape, start, base.device, how.eta,
-                               callback)
-    return to_uint8(decode(base, latents)), pd.DataFrame(jobs, columns=['prompt', 'seed']).assign(
-        sampler=how.sampler, spacing=how.spacing or pick_sampler(how.sampler).spacing, steps=how.steps,
-        strength=1. if images is None else how.strength, cfg=float(how.cfg_scale), nfe=model.nfe,
-        passes=model.nfe*(1 + guided), seconds=(time.perf_counter() - began)/len(jobs))
+    shape = base.latent_shape[0], *(n // base.scale_factor for n in picture_size(base, how.size))
+    with arithmetic(base.device, pick_precision(how.mixed_precision, base.device)):
+        latents = draw_latents(model, walk, sigmas, seeds, shape, start, base.device, how.eta, callback)
+    return to_uint8(decode(base, latents)), pd.DataFrame(jobs, columns=["prompt", "seed"]).assign(
+        sampler=how.sampler,
+        timestep_spacing=how.timestep_spacing or pick_sampler(how.sampler).timestep_spacing,
+        num_inference_steps=how.num_inference_steps,
+        strength=1.0 if images is None else how.strength,
+        guidance_scale=float(how.guidance_scale),
+        nfe=model.nfe,
+        passes=model.nfe * (1 + guided),
+        seconds=(time.perf_counter() - began) / len(jobs),
+    )
 
 # %% ../../nbs/06_sample/02_generate.ipynb #bdbc6bc6
 @contextmanager
 def _evaluating(net):
     was = {m: m.training for m in net.modules()}
     net.eval()
-    try: yield
+    try:
+        yield
     finally:
-        for m, on in was.items(): m.training = on
+        for m, on in was.items():
+            m.training = on
+
 
 def _reporter(base, n, batch, bar, callback):
     def report(d):
         bar.update()
-        if callback is None: return
-        callback(dict(d, n=n, batch=batch, preview=lambda: to_uint8(decode(base, d['x0_hat']))))
+        if callback is None:
+            return
+        callback(dict(d, n=n, batch=batch, preview=lambda: to_uint8(decode(base, d["x0_hat"]))))
+
     return report
 
 # %% ../../nbs/06_sample/02_generate.ipynb #e06d011b
 def pair_negatives(
     prompts,  # a text or n texts
-    negative, # a text for all, or n texts
-) -> list:    # n pairs (prompt, negative prompt)
+    negative_prompt,  # a text for all, or n texts
+) -> list:  # n pairs (prompt, negative prompt)
     "Give each prompt its negative prompt."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    texts = [negative]*len(prompts) if isinstance(negative, str) else list(negative)
-    if len(texts) != len(prompts): raise ValueError(
-        f'{len(texts)} negative prompts for {len(prompts)} prompts; pass one text for all, or one each')
+    texts = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+    if len(texts) != len(prompts):
+        raise ValueError(
+            f"{len(texts)} negative prompts for {len(prompts)} prompts; pass one text for all, or one each"
+        )
     if bad := [t for t in texts if not isinstance(t, str)]:
-        raise ValueError(f'negative={bad[0]!r} is not a text')
+        raise ValueError(f"negative_prompt={bad[0]!r} is not a text")
     return list(zip(prompts, texts))
 
 # %% ../../nbs/06_sample/02_generate.ipynb #c8636772
 def generate(
-    base:Base, prompts, seeds=0, # the model, with or without adapters; a text or n texts; see `list_jobs`
-    sampler='ddim', steps=50,    # a name out of SAMPLERS; number of steps
-    cfg_scale=7.5, negative='',  # guidance scale, 1 for none; what to be guided away from, a text or n texts
-    batch=16,        # pictures at a time
-    *, images=None,  # pictures to start from, see `as_images`
-    progress=True,   # show a progress bar
-    callback=None,   # function of a dict per step: i, n, sigma, x, x0_hat, batch, preview
-    **more,          # other fields of `Settings`: rescale, spacing, eta, strength, precision, size
-) -> Images:         # pictures prompt by prompt, seed by seed
+    base: Base,
+    prompts,
+    seeds=0,  # the model, with or without adapters; a text or n texts; see `list_jobs`
+    sampler="ddim",
+    num_inference_steps=50,  # a name out of SAMPLERS; number of steps
+    guidance_scale=7.5,
+    negative_prompt="",  # guidance scale, 1 for none; what to be guided away from, a text or n texts
+    batch=16,  # pictures at a time
+    *,
+    images=None,  # pictures to start from, see `as_images`
+    progress=True,  # show a progress bar
+    callback=None,  # function of a dict per step: i, n, sigma, x, x0_hat, batch, preview
+    **more,  # other fields of `Settings`: rescale, spacing, eta, strength, precision, size
+) -> Images:  # pictures prompt by prompt, seed by seed
     "Draw a picture for every prompt and seed."
-    if batch < 1: raise ValueError(f'batch={batch}; draw at least one picture at a time')
-    pairs = pair_negatives(prompts, negative); listed = list_jobs(pairs, seeds)
-    shown = negative if isinstance(negative, str) else tuple(n for _, n in pairs)
-    how = Settings(sampler, steps, cfg_scale, shown, **more)
+    if batch < 1:
+        raise ValueError(f"batch={batch}; draw at least one picture at a time")
+    pairs = pair_negatives(prompts, negative_prompt)
+    listed = list_jobs(pairs, seeds)
+    shown = negative_prompt if isinstance(negative_prompt, str) else tuple(n for _, n in pairs)
+    how = Settings(sampler, num_inference_steps, guidance_scale, shown, **more)
     jobs, away = [(p, s) for (p, _), s in listed], [n for (_, n), _ in listed]
-    sigmas, start = plan_walk(base, how, jobs, images)
+    sigmas, start = plan_denoising(base, how, jobs, images)
     n, k = len(jobs), len(sigmas) - 1
     spans = [slice(i, min(i + batch, n)) for i in range(0, n, batch)]
-    with _evaluating(base.unet), tqdm(total=k*len(spans), unit='step', disable=not progress) as bar:
-        parts = [draw_batch(base, how, jobs[b], sigmas, None if start is None else start[b],
-                            _reporter(base, k, range(n)[b], bar, callback), away[b]) for b in spans]
+    with _evaluating(base.unet), tqdm(total=k * len(spans), unit="step", disable=not progress) as bar:
+        parts = [
+            draw_batch(
+                base,
+                how,
+                jobs[b],
+                sigmas,
+                None if start is None else start[b],
+                _reporter(base, k, range(n)[b], bar, callback),
+                away[b],
+            )
+            for b in spans
+        ]
     return Images(np.concatenate([p for p, _ in parts]), pd.concat([t for _, t in parts], ignore_index=True))
 
 # %% ../../nbs/06_sample/02_generate.ipynb #90a3b9d5
 def kind_of(
-    path, # picture file to write; without an ending it is a PNG
-) -> str: # format in Pillow's words, such as 'PNG'
+    path,  # picture file to write; without an ending it is a PNG
+) -> str:  # format in Pillow's words, such as 'PNG'
     "Tell the format of a picture by its name."
-    known, end = Image.registered_extensions(), Path(path).suffix.lower() or '.png'
+    known, end = Image.registered_extensions(), Path(path).suffix.lower() or ".png"
     if known.get(end) not in Image.SAVE or Path(path).is_dir():
-        raise ValueError(f'--out {path}: no name of a picture; let it end in .png, .jpg or .webp')
+        raise ValueError(f"--out {path}: no name of a picture; let it end in .png, .jpg or .webp")
     return known[end]
 
 # %% ../../nbs/06_sample/02_generate.ipynb #abb441b8
 def start_picture(
-    path, # picture file
-) -> Image.Image: # upright, RGB
+    path,  # picture file
+) -> Image.Image:  # upright, RGB
     "Read a picture to start from."
-    if not Path(path).is_file(): raise FileNotFoundError(f'--image {path}: no such file; give a picture')
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--image {path}: no such file; give a picture")
     return open_image(path)[0]
 
 # %% ../../nbs/06_sample/02_generate.ipynb #b03f3a38
 def write_grid(
-    images, # bytes (n*m,h,w,3), row by row
-    m,      # columns
-    path,   # picture file to write
-    zoom=1, # whole number; every pixel becomes a square of this size
+    images,  # bytes (n*m,h,w,3), row by row
+    m,  # columns
+    path,  # picture file to write
+    zoom=1,  # whole number; every pixel becomes a square of this size
 ) -> Path:  # the file
     "Paste pictures to one, m in a row, with two white pixels between them."
-    page = (255*canvas([images[i:i + m] for i in range(0, len(images), m)])).round().astype('uint8')
+    page = (255 * canvas([images[i : i + m] for i in range(0, len(images), m)])).round().astype("uint8")
     Image.fromarray(page.repeat(zoom, 0).repeat(zoom, 1)).save(raw := io.BytesIO(), kind_of(path))
     return write_atomic(path, raw.getvalue())

@@ -14,219 +14,251 @@ from scipy import optimize, stats
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #91021796
 def cells(
-    frame,  # tidy results with columns arm, metric, concept, train_seed, value
-    metric, # name of the metric
-    arm,    # name of the arm
-) -> pd.DataFrame: # concepts × training seeds, NaN where nothing was scored
-    "Arrange one metric of one arm as a table of concepts and training seeds."
-    rows = frame[(frame.arm == arm) & (frame.metric == metric)]
+    frame,  # tidy results with columns recipe, metric, concept, train_seed, value
+    metric,  # name of the metric
+    recipe,  # name of the recipe
+) -> pd.DataFrame:  # concepts × training seeds, NaN where nothing was scored
+    "Arrange one metric of one recipe as a table of concepts and training seeds."
+    rows = frame[(frame.recipe == recipe) & (frame.metric == metric)]
     if rows.empty:
-        known = sorted(set(zip(frame.arm, frame.metric)))
-        raise ValueError(f'no results for arm {arm!r} and metric {metric!r}; there are {known[:8]}')
-    return rows.pivot_table(index='concept', columns='train_seed', values='value', aggfunc='mean')
+        known = sorted(set(zip(frame.recipe, frame.metric)))
+        raise ValueError(f"no results for recipe {recipe!r} and metric {metric!r}; there are {known[:8]}")
+    return rows.pivot_table(index="concept", columns="train_seed", values="value", aggfunc="mean")
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #fbaa7190
 def differences(
     frame,  # tidy results
-    metric, # name of the metric
-    arm,    # arm of interest
-    baseline, # arm to compare with
-) -> pd.DataFrame: # arm minus baseline, concepts × training seeds
-    "Subtract a baseline from an arm, concept by concept and seed by seed."
-    a, b = cells(frame, metric, arm), cells(frame, metric, baseline)
-    if list(b.columns) == [-1]: b = pd.DataFrame({seed: b[-1] for seed in a.columns})
-    a, b = a.align(b, join='inner')
-    d = (a - b).dropna(how='all').dropna(how='all', axis=1)
-    if len(d): return d
-    raise ValueError(f'{arm!r} and {baseline!r} share no concept and training seed for {metric!r}')
+    metric,  # name of the metric
+    recipe,  # recipe of interest
+    baseline,  # recipe to compare with
+) -> pd.DataFrame:  # recipe minus baseline, concepts × training seeds
+    "Subtract a baseline from a recipe, concept by concept and seed by seed."
+    a, b = cells(frame, metric, recipe), cells(frame, metric, baseline)
+    if list(b.columns) == [-1]:
+        b = pd.DataFrame({seed: b[-1] for seed in a.columns})
+    a, b = a.align(b, join="inner")
+    d = (a - b).dropna(how="all").dropna(how="all", axis=1)
+    if len(d):
+        return d
+    raise ValueError(f"{recipe!r} and {baseline!r} share no concept and training seed for {metric!r}")
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #a74f8a28
 def weighted_means(
-    d, # differences (n,k), NaN where missing
-    u, # how often each row was picked (draws,n)
-    v, # how often each column was picked (draws,k)
-) -> np.ndarray: # mean of each draw (draws,), NaN if a draw holds no cell
+    d,  # differences (n,k), NaN where missing
+    u,  # how often each row was picked (draws,n)
+    v,  # how often each column was picked (draws,k)
+) -> np.ndarray:  # mean of each draw (draws,), NaN if a draw holds no cell
     "Take the mean of a table with many sets of row and column weights at once."
     there = ~np.isnan(d)
-    total, count = (((u @ part)*v).sum(1) for part in (np.where(there, d, 0), there.astype(float)))
+    total, count = (((u @ part) * v).sum(1) for part in (np.where(there, d, 0), there.astype(float)))
     return np.divide(total, count, out=np.full(len(u), np.nan), where=count > 0)
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #1d609649
 def _acceleration(
-    d, # differences (n,k), NaN where missing
-) -> float: # a, 0 for symmetric data
+    d,  # differences (n,k), NaN where missing
+) -> float:  # a, 0 for symmetric data
     "Estimate the acceleration of BCa from leaving out each row and each column."
     n, k = d.shape
     rows, columns = np.ones((n + k, n)), np.ones((n + k, k))
     rows[:n], columns[n:] = 1 - np.eye(n), 1 - np.eye(k)
     left = weighted_means(d, rows, columns)
-    top = bottom = 0.
+    top = bottom = 0.0
     for jack in (left[:n], left[n:]):
-        if len(jack) < 2 or np.isnan(jack).any(): continue
-        influence = (len(jack) - 1)*(jack.mean() - jack)/len(jack)
+        if len(jack) < 2 or np.isnan(jack).any():
+            continue
+        influence = (len(jack) - 1) * (jack.mean() - jack) / len(jack)
         top, bottom = top + (influence**3).sum(), bottom + (influence**2).sum()
-    return top/(6*bottom**1.5) if bottom > 0 else 0.
+    return top / (6 * bottom**1.5) if bottom > 0 else 0.0
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #687b0d9e
 def _bca_ends(
-    draws, # bootstrap means
+    draws,  # bootstrap means
     mean,  # the mean itself
-    a,     # acceleration
+    a,  # acceleration
     ends,  # plain quantiles, such as [.025, .975]
-): # the two quantiles to read
+):  # the two quantiles to read
     "Shift two quantiles by bias and acceleration."
     draws = draws[~np.isnan(draws)]
-    below = (draws < mean).mean() + (draws == mean).mean()/2
-    if not 0 < below < 1: return ends
+    below = (draws < mean).mean() + (draws == mean).mean() / 2
+    if not 0 < below < 1:
+        return ends
     z0 = stats.norm.ppf(below)
     z = z0 + stats.norm.ppf(ends)
-    return stats.norm.cdf(z0 + z/(1 - a*z))
+    return stats.norm.cdf(z0 + z / (1 - a * z))
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #ade6939f
 @dataclass(frozen=True)
 class Interval:
     "Hold an estimate, its interval, and the numbers of units behind it."
-    estimate: float   # the mean difference, or the mean
-    low: float        # lower end
-    high: float       # upper end
-    level: float      # nominal coverage, such as 0.95
-    n_concepts: int   # rows that were resampled
-    n_seeds: int      # columns that were resampled; 1 speaks about this adapter only
 
-    def excludes(self,
-        value=0., # the value in question
-    ) -> bool: # True if it lies outside
+    estimate: float  # the mean difference, or the mean
+    low: float  # lower end
+    high: float  # upper end
+    level: float  # nominal coverage, such as 0.95
+    n_concepts: int  # rows that were resampled
+    n_seeds: int  # columns that were resampled; 1 speaks about this adapter only
+
+    def excludes(
+        self,
+        value=0.0,  # the value in question
+    ) -> bool:  # True if it lies outside
         "Tell whether a value lies outside the interval."
         return not self.low <= value <= self.high
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #e2157ffb
 def cluster_bootstrap(
-    d, # differences or values, concepts × training seeds (n,k), NaN where missing
-    level=.95,     # nominal coverage
-    n_draws=10000, # bootstrap draws
-    method='bca',  # 'bca' or 'percentile'
-    seed=0,        # seed of the draws
-) -> Interval:     # mean with its interval
+    d,  # differences or values, concepts × training seeds (n,k), NaN where missing
+    level=0.95,  # nominal coverage
+    n_draws=10000,  # bootstrap draws
+    method="bca",  # 'bca' or 'percentile'
+    seed=0,  # seed of the draws
+) -> Interval:  # mean with its interval
     """Bootstrap the mean of a table over its rows and its columns.
     Owen 2007 (pigeonhole bootstrap); Efron 1987, eq. 6.8 (BCa)."""
-    d = np.asarray(d, float); d = d[:, None] if d.ndim == 1 else d
-    if method not in ('bca', 'percentile'): raise ValueError(f"method={method!r}; use 'bca' or 'percentile'")
-    if np.isnan(d).all(): raise ValueError(f'a table of shape {d.shape} without a single value has no mean')
+    d = np.asarray(d, float)
+    d = d[:, None] if d.ndim == 1 else d
+    if method not in ("bca", "percentile"):
+        raise ValueError(f"method={method!r}; use 'bca' or 'percentile'")
+    if np.isnan(d).all():
+        raise ValueError(f"a table of shape {d.shape} without a single value has no mean")
     rng, (n, k), mean = np.random.default_rng(seed), d.shape, np.nanmean(d)
-    draws = weighted_means(d, *(rng.multinomial(m, np.full(m, 1/m), n_draws) for m in (n, k)))
-    ends = np.array([(1 - level)/2, (1 + level)/2])
-    if method == 'bca': ends = _bca_ends(draws, mean, _acceleration(d), ends)
+    draws = weighted_means(d, *(rng.multinomial(m, np.full(m, 1 / m), n_draws) for m in (n, k)))
+    ends = np.array([(1 - level) / 2, (1 + level) / 2])
+    if method == "bca":
+        ends = _bca_ends(draws, mean, _acceleration(d), ends)
     low, high = np.nanquantile(draws, ends)
     return Interval(float(mean), float(low), float(high), level, n, k)
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #647a80cc
 def sign_flip(
-    d, # differences, one per unit (n,)
-    n_draws=100000, # random patterns where all of them are too many
+    d,  # differences, one per unit (n,)
+    n_draws=100000,  # random patterns where all of them are too many
     seed=0,  # seed of the random patterns
 ) -> float:  # two-sided p-value, exact for n <= 20
     "Test whether the mean differs from zero by flipping the signs of the units."
-    d = np.asarray(d, float); d = d[~np.isnan(d)]
-    if len(d) < 1: raise ValueError('sign_flip needs at least one difference')
-    observed, slack = abs(d.sum()), 1e-9*np.abs(d).sum()
+    d = np.asarray(d, float)
+    d = d[~np.isnan(d)]
+    if len(d) < 1:
+        raise ValueError("sign_flip needs at least one difference")
+    observed, slack = abs(d.sum()), 1e-9 * np.abs(d).sum()
     if len(d) <= 20:
         sums = np.zeros(1)
-        for x in d: sums = np.concatenate([sums + x, sums - x])
+        for x in d:
+            sums = np.concatenate([sums + x, sums - x])
         return float((np.abs(sums) >= observed - slack).mean())
-    signs = 2.*np.random.default_rng(seed).integers(0, 2, (n_draws, len(d)), dtype=np.int8) - 1
-    return float(((np.abs(signs @ d) >= observed - slack).sum() + 1)/(n_draws + 1))
+    signs = 2.0 * np.random.default_rng(seed).integers(0, 2, (n_draws, len(d)), dtype=np.int8) - 1
+    return float(((np.abs(signs @ d) >= observed - slack).sum() + 1) / (n_draws + 1))
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #1e567b0c
 def smallest_p(
-    n, # number of units
-) -> float: # the p-value when all units agree
+    n,  # number of units
+) -> float:  # the p-value when all units agree
     "Report the smallest p-value that a sign-flip test with n units can give."
-    return min(1., 2/2**n)
+    return min(1.0, 2 / 2**n)
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #014bb5a4
 def holm(
-    p, # p-values of one family (m,); NaN stays NaN and does not count
-) -> np.ndarray: # adjusted p-values (m,)
+    p,  # p-values of one family (m,); NaN stays NaN and does not count
+) -> np.ndarray:  # adjusted p-values (m,)
     "Adjust the p-values of one family so that the chance of any false alarm is controlled."
-    p = np.asarray(p, float); out, there = p.copy(), ~np.isnan(p)
+    p = np.asarray(p, float)
+    out, there = p.copy(), ~np.isnan(p)
     order = np.argsort(p[there])
-    stepped = np.maximum.accumulate(p[there][order]*np.arange(there.sum(), 0, -1)).clip(max=1)
+    stepped = np.maximum.accumulate(p[there][order] * np.arange(there.sum(), 0, -1)).clip(max=1)
     out[there] = stepped[np.argsort(order)]
     return out
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #cb82c8d6
 def tost(
-    d,     # differences, one per unit (n,), at least two
-    delta, # margin of equivalence, > 0, in units of the metric
-) -> float: # p-value; small means "equal within the margin"
+    d,  # differences, one per unit (n,), at least two
+    delta,  # margin of equivalence, > 0, in units of the metric
+) -> float:  # p-value; small means "equal within the margin"
     "Test whether the mean difference lies within a margin around zero."
-    if not delta > 0: raise ValueError(f'delta={delta}: the margin of equivalence must be above 0')
-    d = np.asarray(d, float); d = d[~np.isnan(d)]
-    return float(max(stats.ttest_1samp(d, -delta, alternative='greater').pvalue,
-                     stats.ttest_1samp(d, delta, alternative='less').pvalue))
+    if not delta > 0:
+        raise ValueError(f"delta={delta}: the margin of equivalence must be above 0")
+    d = np.asarray(d, float)
+    d = d[~np.isnan(d)]
+    return float(
+        max(
+            stats.ttest_1samp(d, -delta, alternative="greater").pvalue,
+            stats.ttest_1samp(d, delta, alternative="less").pvalue,
+        )
+    )
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #606755a3
 def effect_size(
-    d, # differences, one per unit (n,), at least two
-) -> float: # d_z, in standard deviations
+    d,  # differences, one per unit (n,), at least two
+) -> float:  # d_z, in standard deviations
     """Standardise the mean difference by the spread between units.
     Hedges 1981, with J = 1 - 3/(4(n-1) - 1)."""
-    d = np.asarray(d, float); d = d[~np.isnan(d)]
+    d = np.asarray(d, float)
+    d = d[~np.isnan(d)]
     spread = d.std(ddof=1) if len(d) > 1 else np.nan
-    return float(d.mean()/spread*(1 - 3/(4*(len(d) - 1) - 1))) if spread > 0 else float('nan')
+    return float(d.mean() / spread * (1 - 3 / (4 * (len(d) - 1) - 1))) if spread > 0 else float("nan")
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #3a21a04a
 def _power(
-    effect, # true mean difference in standard deviations, > 0
-    n,      # number of units, at least two
+    effect,  # true mean difference in standard deviations, > 0
+    n,  # number of units, at least two
     alpha,  # two-sided level of the test
-) -> float: # chance of a significant result
+) -> float:  # chance of a significant result
     "Compute the power of the paired t-test from the noncentral t distribution."
-    critical, shift = stats.t.ppf(1 - alpha/2, n - 1), effect*np.sqrt(n)
+    critical, shift = stats.t.ppf(1 - alpha / 2, n - 1), effect * np.sqrt(n)
     return float(stats.nct.sf(critical, n - 1, shift) + np.nan_to_num(stats.nct.cdf(-critical, n - 1, shift)))
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #d2cd8bb4
 def detectable(
-    n,         # number of units, at least two
-    spread=1., # standard deviation of the differences between units, in units of the metric
-    power=.8,  # wanted chance to find the effect
-    alpha=.05, # two-sided level of the test
-) -> float:    # smallest true mean difference that would be found, in units of the metric
+    n,  # number of units, at least two
+    spread=1.0,  # standard deviation of the differences between units, in units of the metric
+    power=0.8,  # wanted chance to find the effect
+    alpha=0.05,  # two-sided level of the test
+) -> float:  # smallest true mean difference that would be found, in units of the metric
     "Find the minimum detectable effect of a paired t-test."
-    enough = next(x for x in 2.**np.arange(-6, 12) if _power(x, n, alpha) > power)
-    return float(spread*optimize.brentq(lambda x: _power(x, n, alpha) - power, 1e-6, enough))
+    enough = next(x for x in 2.0 ** np.arange(-6, 12) if _power(x, n, alpha) > power)
+    return float(spread * optimize.brentq(lambda x: _power(x, n, alpha) - power, 1e-6, enough))
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #1e5e88e3
 def contrast(
-    d, # differences, concepts × training seeds (n,k)
-    unit='seed', # 'seed' speaks about the recipe, 'concept' about these adapters only
+    d,  # differences, concepts × training seeds (n,k)
+    unit="seed",  # 'seed' speaks about the recipe, 'concept' about these adapters only
     delta=None,  # margin of equivalence; None leaves out that test
-    **how,       # passed to `cluster_bootstrap`
-) -> dict:       # one row of a table
+    **how,  # passed to `cluster_bootstrap`
+) -> dict:  # one row of a table
     "Report the effect, its interval, its tests and its limits for one table of differences."
-    if unit not in ('seed', 'concept'): raise ValueError(f"unit={unit!r}; use 'seed' or 'concept'")
-    d, nan = np.asarray(d, float), float('nan')
-    i, units = cluster_bootstrap(d, **how), np.nanmean(d, axis=0 if unit == 'seed' else 1)
+    if unit not in ("seed", "concept"):
+        raise ValueError(f"unit={unit!r}; use 'seed' or 'concept'")
+    d, nan = np.asarray(d, float), float("nan")
+    i, units = cluster_bootstrap(d, **how), np.nanmean(d, axis=0 if unit == "seed" else 1)
     n, varied = len(units), len(units) > 1 and np.ptp(units) > 0
-    return dict(estimate=i.estimate, low=i.low, high=i.high, n_concepts=i.n_concepts, n_seeds=i.n_seeds,
-        unit=unit, d_z=effect_size(units), p_flip=sign_flip(units), p_min=smallest_p(n),
+    return dict(
+        estimate=i.estimate,
+        low=i.low,
+        high=i.high,
+        n_concepts=i.n_concepts,
+        n_seeds=i.n_seeds,
+        unit=unit,
+        d_z=effect_size(units),
+        p_flip=sign_flip(units),
+        p_min=smallest_p(n),
         p_t=float(stats.ttest_1samp(units, 0).pvalue) if varied else nan,
         p_wilcoxon=float(stats.wilcoxon(units).pvalue) if varied else nan,
         detectable=detectable(n, units.std(ddof=1)) if varied else nan,
-        p_tost=tost(units, delta) if varied and delta else nan)
+        p_tost=tost(units, delta) if varied and delta else nan,
+    )
 
 # %% ../../nbs/07_stats/01_intervals.ipynb #0c0234c9
 def compare(
-    frame,    # tidy results with columns arm, metric, concept, train_seed, value
-    metric,   # name of the metric
-    baseline, # arm that the others are compared with
-    arms=None, # arms to compare; all others if None
-    **how,     # passed to `contrast`: unit, delta, level, n_draws, seed
-) -> pd.DataFrame: # one row per arm, with the family's adjusted p-value as p_holm
-    "Compare every arm with one baseline on one metric."
-    there = frame.loc[frame.metric == metric, 'arm'].unique()
-    arms = [a for a in there if a != baseline] if arms is None else list(arms)
-    if not arms: raise ValueError(f'no arm besides {baseline!r} has results for {metric!r}')
-    rows = [dict(arm=a, **contrast(differences(frame, metric, a, baseline), **how)) for a in arms]
+    frame,  # tidy results with columns recipe, metric, concept, train_seed, value
+    metric,  # name of the metric
+    baseline,  # recipe that the others are compared with
+    recipes=None,  # recipes to compare; all others if None
+    **how,  # passed to `contrast`: unit, delta, level, n_draws, seed
+) -> pd.DataFrame:  # one row per recipe, with the family's adjusted p-value as p_holm
+    "Compare every recipe with one baseline on one metric."
+    there = frame.loc[frame.metric == metric, "recipe"].unique()
+    recipes = [a for a in there if a != baseline] if recipes is None else list(recipes)
+    if not recipes:
+        raise ValueError(f"no recipe besides {baseline!r} has results for {metric!r}")
+    rows = [dict(recipe=a, **contrast(differences(frame, metric, a, baseline), **how)) for a in recipes]
     table = pd.DataFrame(rows)
-    return table.assign(p_holm=holm(table.p_flip)).set_index('arm')
+    return table.assign(p_holm=holm(table.p_flip)).set_index("recipe")

@@ -16,37 +16,48 @@ from ..core import hash_files, read_json, root, sha256_bytes, slug
 # %% ../../nbs/09_study/01_params.ipynb #893a6cf2
 KINDS = dict(int=int, float=float, str=str, bool=bool, list=list, dict=dict)
 
+
 def parameters_cell(
-    notebook, # path of a notebook
-) -> str:     # source of its parameters cell
+    notebook,  # path of a notebook
+) -> str:  # source of its parameters cell
     "Find the one cell that papermill replaces."
-    if not Path(notebook).is_file(): raise FileNotFoundError(f'notebook {notebook} does not exist')
-    cells = read_json(notebook)['cells']
-    tagged = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', ())]
-    if len(tagged) == 1: return tagged[0]
-    raise ValueError(f'{Path(notebook).name} has {len(tagged)} cells tagged "parameters", want one; without '
-                     'the tag papermill puts the values on top, where the defaults overwrite them')
+    if not Path(notebook).is_file():
+        raise FileNotFoundError(f"notebook {notebook} does not exist")
+    cells = read_json(notebook)["cells"]
+    tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())]
+    if len(tagged) == 1:
+        return tagged[0]
+    raise ValueError(
+        f'{Path(notebook).name} has {len(tagged)} cells tagged "parameters", want one; without '
+        "the tag papermill puts the values on top, where the defaults overwrite them"
+    )
 
 # %% ../../nbs/09_study/01_params.ipynb #4c3e7ebf
 def _declaration(
-    node, # one statement of the parameters cell
-    name, # name of the notebook, for messages
-) -> tuple: # name, (type or None, default)
+    node,  # one statement of the parameters cell
+    name,  # name of the notebook, for messages
+) -> tuple:  # name, (type or None, default)
     "Read one assignment of a literal."
-    target = getattr(node, 'target', None) or getattr(node, 'targets', [None])[0]
-    if not isinstance(target, ast.Name): raise ValueError(f'{name}: {ast.unparse(node)!r} is no assignment')
-    try: default = ast.literal_eval(node.value)
-    except ValueError: raise ValueError(f'{name}: {ast.unparse(node)!r} is no literal; derive it in the next '
-                                        'cell, or it keeps the value from the defaults') from None
-    annotation = getattr(getattr(node, 'annotation', None), 'id', None)
+    target = getattr(node, "target", None) or getattr(node, "targets", [None])[0]
+    if not isinstance(target, ast.Name):
+        raise ValueError(f"{name}: {ast.unparse(node)!r} is no assignment")
+    try:
+        default = ast.literal_eval(node.value)
+    except ValueError:
+        raise ValueError(
+            f"{name}: {ast.unparse(node)!r} is no literal; derive it in the next "
+            "cell, or it keeps the value from the defaults"
+        ) from None
+    annotation = getattr(getattr(node, "annotation", None), "id", None)
     return target.id, (KINDS.get(annotation, None if default is None else type(default)), default)
 
 # %% ../../nbs/09_study/01_params.ipynb #1f927bc0
 def declared(
-    notebook, # path of a notebook
-) -> dict:    # name -> (type or None, default)
+    notebook,  # path of a notebook
+) -> dict:  # name -> (type or None, default)
     "List the parameters of a notebook with their types and defaults."
     import papermill
+
     name = Path(notebook).name
     found = dict(_declaration(node, name) for node in ast.parse(parameters_cell(notebook)).body)
     if lost := set(found) - set(papermill.inspect_notebook(str(notebook))):
@@ -56,119 +67,139 @@ def declared(
 # %% ../../nbs/09_study/01_params.ipynb #36d88a19
 def unknown(
     name,  # the name that was not found
-    known, # the names that exist
-    where, # what is being read, for the message
-) -> ValueError: # to be raised
+    known,  # the names that exist
+    where,  # what is being read, for the message
+) -> ValueError:  # to be raised
     "Make the error for an unknown name, with the nearest known one."
-    near = difflib.get_close_matches(name, known, n=1, cutoff=.5)
-    hint = f'; did you mean {near[0]!r}?' if near else ';'
-    return ValueError(f'{where}: {name!r} is unknown{hint} There are {", ".join(sorted(known))}')
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return ValueError(f"{where}: {name!r} is unknown{hint} There are {', '.join(sorted(known))}")
+
 
 def check_value(
     name,  # name of the parameter
-    value, # value from a file
+    value,  # value from a file
     kind,  # declared type, or None for any
-    where, # what is being read, for the message
-): # the value, as a float where one is declared
+    where,  # what is being read, for the message
+):  # the value, as a float where one is declared
     "Check the type of one value."
-    if kind is float and type(value) is int: return float(value)
-    if kind in (None, type(value)): return value
-    raise ValueError(f'{where}: {name}={value!r} is {type(value).__name__}, want {kind.__name__}')
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in (None, type(value)):
+        return value
+    raise ValueError(f"{where}: {name}={value!r} is {type(value).__name__}, want {kind.__name__}")
 
 # %% ../../nbs/09_study/01_params.ipynb #b0316922
 def complete_parameters(
-    notebook, # path of a notebook
-    given,    # name -> value
-    where='', # what is being read, for messages
-) -> dict:    # every parameter of the notebook but run_folder, checked
+    notebook,  # path of a notebook
+    given,  # name -> value
+    where="",  # what is being read, for messages
+) -> dict:  # every parameter of the notebook but run_folder, checked
     "Check given values against a notebook, and fill in its defaults."
     known, where = declared(notebook), where or Path(notebook).name
-    if known.pop('run_folder', None) is None:
+    if known.pop("run_folder", None) is None:
         raise ValueError(f"{Path(notebook).name}: the parameters cell needs the line run_folder = ''")
     for name in given:
-        if name not in known: raise unknown(name, known, where)
+        if name not in known:
+            raise unknown(name, known, where)
     values = {n: default for n, (_, default) in known.items()} | dict(given)
     return {n: check_value(n, v, known[n][0], where) if n in given else v for n, v in values.items()}
 
 # %% ../../nbs/09_study/01_params.ipynb #f99366f7
 class Loader(yaml.SafeLoader):
     "Read YAML with numbers like 1e-4, and without repeated keys."
+
     def construct_mapping(self, node, deep=False):
         "Refuse a key that appears twice."
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
         if twice := sorted({str(k) for k in keys if keys.count(k) > 1}):
-            raise ValueError(f'line {node.start_mark.line + 1}: {", ".join(twice)} appears twice')
+            raise ValueError(f"line {node.start_mark.line + 1}: {', '.join(twice)} appears twice")
         return super().construct_mapping(node, deep)
 
-NUMBER = re.compile(r'^[-+]?\d+(\.\d*)?[eE][-+]?\d+$')
-Loader.add_implicit_resolver('tag:yaml.org,2002:float', NUMBER, list('-+0123456789'))
+
+NUMBER = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
 
 # %% ../../nbs/09_study/01_params.ipynb #7f78a3e6
 @dataclass(frozen=True)
 class Run:
     "Describe one execution of one notebook."
-    notebook: str    # path relative to the repository, or absolute outside it
+
+    notebook: str  # path relative to the repository, or absolute outside it
     experiment: str  # such as 'E1'
-    arm: str         # such as 'L1'
-    parameters: dict # every parameter of the notebook but run_folder
-    inputs: dict = field(default_factory=dict) # name -> fingerprint of what the run reads
-    label: str = ''  # what distinguishes it within its file, such as 'train_seed=1'
+    recipe: str  # such as 'L1'
+    parameters: dict  # every parameter of the notebook but run_folder
+    inputs: dict = field(default_factory=dict)  # name -> fingerprint of what the run reads
+    label: str = ""  # what distinguishes it within its file, such as 'train_seed=1'
 
     @property
     def id(self):
-        "Name of the run: experiment, arm and a hash of everything that determines it."
-        key = [self.notebook, self.experiment, self.arm, self.parameters, self.inputs]
+        "Name of the run: experiment, recipe and a hash of everything that determines it."
+        key = [self.notebook, self.experiment, self.recipe, self.parameters, self.inputs]
         key = json.dumps(key, sort_keys=True)
-        return f'{slug(self.experiment)}-{slug(self.arm)}-{sha256_bytes(key)[:10]}'
+        return f"{slug(self.experiment)}-{slug(self.recipe)}-{sha256_bytes(key)[:10]}"
 
 # %% ../../nbs/09_study/01_params.ipynb #b2ff172c
 def expand(
-    given, # name -> value or list of values
-    known, # from `declared`
-) -> list: # of (parameters, label)
+    given,  # name -> value or list of values
+    known,  # from `declared`
+) -> list:  # of (parameters, label)
     "Expand grids into their combinations."
     is_list = lambda name: known.get(name, (None,))[0] is list
-    varied = [n for n, v in given.items()
-              if isinstance(v, list) and (not is_list(n) or v and all(isinstance(x, list) for x in v))]
+    varied = [
+        n
+        for n, v in given.items()
+        if isinstance(v, list) and (not is_list(n) or v and all(isinstance(x, list) for x in v))
+    ]
     for n in varied:
-        if not given[n]: raise ValueError(f'{n} is an empty list; give it at least one value')
+        if not given[n]:
+            raise ValueError(f"{n} is an empty list; give it at least one value")
     rows = [given | dict(zip(varied, values)) for values in itertools.product(*(given[n] for n in varied))]
-    return [(row, ' '.join(f'{n}={row[n]}' for n in varied)) for row in rows]
+    return [(row, " ".join(f"{n}={row[n]}" for n in varied)) for row in rows]
 
 # %% ../../nbs/09_study/01_params.ipynb #2d2c3e17
-FIELDS = ('notebook', 'experiment', 'arm', 'parameters', 'inputs')
+FIELDS = ("notebook", "experiment", "recipe", "parameters", "inputs")
+
 
 def read_runs(
-    path, # parameter file, YAML
-) -> list: # of Run, in the order of the grid
+    path,  # parameter file, YAML
+) -> list:  # of Run, in the order of the grid
     "Read a parameter file, check it against its notebook, and expand it into runs."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'parameter file {path} does not exist')
-    try: content = yaml.load(path.read_text(encoding='utf-8'), Loader)
-    except (yaml.YAMLError, ValueError) as e: raise ValueError(f'{path.name}: {e}') from None
-    if not isinstance(content, dict): raise ValueError(f'{path.name}: want the keys {", ".join(FIELDS)}')
+    if not path.is_file():
+        raise FileNotFoundError(f"parameter file {path} does not exist")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, ValueError) as e:
+        raise ValueError(f"{path.name}: {e}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name}: want the keys {', '.join(FIELDS)}")
     for key in content:
-        if key not in FIELDS: raise unknown(key, FIELDS, path.name)
+        if key not in FIELDS:
+            raise unknown(key, FIELDS, path.name)
     for key in FIELDS[:3]:
-        if not isinstance(content.get(key), str): raise ValueError(f'{path.name}: {key} is missing')
-    return _runs(path.name, **{'parameters': {}, 'inputs': {}} | {k: v for k, v in content.items() if v})
+        if not isinstance(content.get(key), str):
+            raise ValueError(f"{path.name}: {key} is missing")
+    return _runs(path.name, **{"parameters": {}, "inputs": {}} | {k: v for k, v in content.items() if v})
 
 # %% ../../nbs/09_study/01_params.ipynb #a764a74e
-def _runs(where, notebook, experiment, arm, parameters, inputs):
+def _runs(where, notebook, experiment, recipe, parameters, inputs):
     "Make the runs of one file."
-    known, given = declared(root()/notebook), parameters
-    given = {k: v for k, v in dict(experiment=experiment, arm=arm).items() if k in known} | given
-    marks = {k: hash_files(root()/v)[:16] if (root()/v).exists() else str(v) for k, v in inputs.items()}
-    return [Run(notebook, experiment, arm, complete_parameters(root()/notebook, row, where), marks, label)
-            for row, label in expand(given, known)]
+    known, given = declared(root() / notebook), parameters
+    given = {k: v for k, v in dict(experiment=experiment, recipe=recipe).items() if k in known} | given
+    marks = {k: hash_files(root() / v)[:16] if (root() / v).exists() else str(v) for k, v in inputs.items()}
+    return [
+        Run(notebook, experiment, recipe, complete_parameters(root() / notebook, row, where), marks, label)
+        for row, label in expand(given, known)
+    ]
 
 # %% ../../nbs/09_study/01_params.ipynb #d1ab0e09
 def replay(
-    manifest, # path of a manifest.json, or of the folder that holds it
-) -> Run:     # the run that it records
+    manifest,  # path of a manifest.json, or of the folder that holds it
+) -> Run:  # the run that it records
     "Read a run back from its manifest."
     path = Path(manifest)
-    content = read_json(path/'manifest.json' if path.is_dir() else path)
-    run = Run(*(content[k] for k in ('notebook', 'experiment', 'arm', 'parameters', 'inputs')))
-    complete_parameters(root()/run.notebook, run.parameters, path.name)
+    content = read_json(path / "manifest.json" if path.is_dir() else path)
+    run = Run(*(content[k] for k in ("notebook", "experiment", "recipe", "parameters", "inputs")))
+    complete_parameters(root() / run.notebook, run.parameters, path.name)
     return run

@@ -11,11 +11,19 @@ __all__ = ['FIELDS', 'time_training', 'time_sampling', 'measure_base', 'amounts'
 # %% ../../nbs/09_study/04_plan.ipynb #4f95bc6d
 import json, time, torch, yaml
 import pandas as pd
-from functools import lru_cache
+from functools import lru_cache, cache
 from pathlib import Path
 from ..models.base import encode_text
-from ..core import (assets, hash_files, human_bytes, human_time, peak_memory_mb, read_json, root,
-                            write_json)
+from stylelora.core import (
+    assets,
+    hash_files,
+    human_bytes,
+    human_time,
+    peak_memory_mb,
+    read_json,
+    root,
+    write_json,
+)
 from ..sample.generate import generate
 from ..adapters.lora import count_parameters, inject, remove
 from ..models.load import load_base
@@ -31,337 +39,457 @@ from ..data.styles import source_files
 
 # %% ../../nbs/09_study/04_plan.ipynb #7765ed91
 def time_training(
-    model, # Base without adapters; it has one for a moment
-    given, # targets, rank, batch_size, precision
-) -> tuple: # seconds per step, and trained numbers per unit of rank
+    model,  # Base without adapters; it has one for a moment
+    given,  # targets, rank, batch_size, precision
+) -> tuple:  # seconds per step, and trained numbers per unit of rank
     "Do two training steps with random latents, and time the second."
-    config = make_config(**given, steps=2, val_every=0, save_every=1)
+    config = make_config(**given, train_steps=2, val_every=0, save_every=1)
     z = torch.randn(config.batch_size, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    c, clock = encode_text(model, ['']*config.batch_size), []
+    c, clock = encode_text(model, [""] * config.batch_size), []
     train(model, z, c, config=config, on_step=lambda row: clock.append(time.perf_counter()), progress=False)
-    trained = count_parameters(model.unet)['trainable']
+    trained = count_parameters(model.unet)["trainable"]
     remove(model.unet)
-    return clock[1] - clock[0], trained/config.rank
+    return clock[1] - clock[0], trained / config.rank
+
 
 def time_sampling(
-    model, # Base
-    batch, # pictures at a time
-    precision='auto', # arithmetic of the U-Net
-) -> tuple: # seconds per picture of a guided step, and of all else
+    model,  # Base
+    batch,  # pictures at a time
+    mixed_precision="auto",  # arithmetic of the U-Net
+) -> tuple:  # seconds per picture of a guided step, and of all else
     "Do two guided steps, and time the second."
     clock = [time.perf_counter()]
-    generate(model, '', range(batch), steps=2, batch=batch, progress=False, precision=precision,
-             callback=lambda d: clock.append(time.perf_counter()))
+    generate(
+        model,
+        "",
+        range(batch),
+        num_inference_steps=2,
+        batch=batch,
+        progress=False,
+        mixed_precision=mixed_precision,
+        callback=lambda d: clock.append(time.perf_counter()),
+    )
     step, whole = clock[2] - clock[1], time.perf_counter() - clock[0]
-    return step/batch, max(0., whole - 2*step)/batch
+    return step / batch, max(0.0, whole - 2 * step) / batch
 
 # %% ../../nbs/09_study/04_plan.ipynb #8699906f
 @lru_cache(maxsize=8)
 def measure_base(
-    base, device, # as in `load_base`; a hub id is looked for on this machine only
-    targets, rank, batch_size, precision, # of the training
-    batch=1, drawing='auto', # pictures drawn at a time, and the arithmetic of drawing
-) -> dict: # base, device, size, batch, train, sample, rest (seconds), per_rank, peak_mb; or why not
+    base,
+    device,  # as in `load_base`; a hub id is looked for on this machine only
+    target_modules,
+    rank,
+    batch_size,
+    mixed_precision,  # of the training
+    batch=1,
+    drawing="auto",  # pictures drawn at a time, and the arithmetic of drawing
+) -> dict:  # base, device, size, batch, train, sample, rest (seconds), per_rank, peak_mb; or why not
     "Measure a training step and a sampling step of a base."
-    try: model = load_base(base, device, offline=True)
-    except (ValueError, OSError): return dict(why=f'base {base!r} is not on this machine')
-    if model.device.type == 'cpu': batch_size = batch = 1
-    else: torch.cuda.reset_peak_memory_stats() if model.device.type == 'cuda' else None
-    given = dict(targets=targets, rank=rank, batch_size=batch_size, precision=precision)
+    try:
+        model = load_base(base, device, offline=True)
+    except (ValueError, OSError):
+        return dict(why=f"base {base!r} is not on this machine")
+    if model.device.type == "cpu":
+        batch_size = batch = 1
+    else:
+        torch.cuda.reset_peak_memory_stats() if model.device.type == "cuda" else None
+    given = dict(
+        target_modules=target_modules, rank=rank, batch_size=batch_size, mixed_precision=mixed_precision
+    )
     try:
         seconds, per_rank = time_training(model, given)
         peak = peak_memory_mb(model.device)
         step, rest = time_sampling(model, batch, drawing)
-    except (torch.OutOfMemoryError, MemoryError): return dict(why=f'the memory of {device} is too small')
+    except (torch.OutOfMemoryError, MemoryError):
+        return dict(why=f"the memory of {device} is too small")
     kind = model.device.type
-    where = torch.cuda.get_device_name() if kind == 'cuda' else f'this {kind}'
-    return dict(base=Path(base).name, device=where, size=model.size, batch=batch_size, train=seconds,
-                sample=step, rest=rest, per_rank=per_rank, peak_mb=peak)
+    where = torch.cuda.get_device_name() if kind == "cuda" else f"this {kind}"
+    return dict(
+        base=Path(base).name,
+        device=where,
+        size=model.size,
+        batch=batch_size,
+        train=seconds,
+        sample=step,
+        rest=rest,
+        per_rank=per_rank,
+        peak_mb=peak,
+    )
 
 # %% ../../nbs/09_study/04_plan.ipynb #7e1cdeeb
 def amounts(
-    run, # a Run of one of the two notebooks
-) -> dict: # optimizer steps, pictures drawn, sampling steps, forward passes, pictures through the autoencoder
+    run,  # a Run of one of the two notebooks
+) -> (
+    dict
+):  # optimizer steps, pictures drawn, sampling steps, forward passes, pictures through the autoencoder
     "Count what a run has to compute."
     p = run.parameters
-    if 'law' in p: # a training
-        rows = p['steps']//max(1, p['sample_every']) + 1 if p['sample_every'] else 0
-        checks = p['steps']//max(1, p['val_every']) + 1 if p['val_every'] else 0
-        return dict(steps=p['steps'], pictures=8*rows, walked=8*rows*p['sample_steps'],
-                    passes=checks*2*p['val_images']*len(LEVELS), coded=p['n_images'] + p['val_images'])
-    none = dict(steps=0, pictures=0, walked=0, passes=0, coded=0)
-    if p['mode'] == 'references': return none | dict(coded=2*p['n_concepts'])
-    n, calls = p['n_concepts']*len(p['sample_seeds']), pick_sampler(p['sampler']).nfe(p['steps'])
-    return none | dict(pictures=n, walked=n*calls*(1. if p['cfg_scale'] != 1 else .5))
+    if "timestep_sampling" in p:  # a training
+        rows = p["train_steps"] // max(1, p["sample_every"]) + 1 if p["sample_every"] else 0
+        checks = p["train_steps"] // max(1, p["val_every"]) + 1 if p["val_every"] else 0
+        return dict(
+            train_steps=p["train_steps"],
+            pictures=8 * rows,
+            denoised_steps=8 * rows * p["sample_steps"],
+            passes=checks * 2 * p["val_images"] * len(LEVELS),
+            coded=p["n_images"] + p["val_images"],
+        )
+    none = dict(train_steps=0, pictures=0, denoised_steps=0, passes=0, coded=0)
+    if p["mode"] == "references":
+        return none | dict(coded=2 * p["n_concepts"])
+    n, calls = (
+        p["n_concepts"] * len(p["sample_seeds"]),
+        pick_sampler(p["sampler"]).nfe(p["num_inference_steps"]),
+    )
+    return none | dict(pictures=n, denoised_steps=n * calls * (1.0 if p["guidance_scale"] != 1 else 0.5))
 
 # %% ../../nbs/09_study/04_plan.ipynb #a391ce69
 def seconds_of(
     run,  # a Run
-    cost, # from `measure_base`, or recorded
-) -> float: # seconds, without starting Python and without the networks that score
+    cost,  # from `measure_base`, or recorded
+) -> float:  # seconds, without starting Python and without the networks that score
     "Estimate how long a run takes."
     n, p = amounts(run), run.parameters
-    steps = n['steps']*cost['train']*p.get('batch_size', 1)/cost['batch']
-    return steps + n['walked']*cost['sample'] + n['passes']*cost['sample']/2 + (
-        n['pictures'] + n['coded'])*cost['rest']
+    steps = n["train_steps"] * cost["train"] * p.get("batch_size", 1) / cost["batch"]
+    return (
+        steps
+        + n["denoised_steps"] * cost["sample"]
+        + n["passes"] * cost["sample"] / 2
+        + (n["pictures"] + n["coded"]) * cost["rest"]
+    )
 
 # %% ../../nbs/09_study/04_plan.ipynb #55a42d10
 def record_cost(
-    cost, # from `measure_base`
-    file=None, # reports/results/sd15_costs.json if None
-) -> Path: # the file
+    cost,  # from `measure_base`
+    file=None,  # reports/results/sd15_costs.json if None
+) -> Path:  # the file
     "Keep a measurement for others."
-    file = Path(file or root()/'reports'/'results'/'sd15_costs.json')
-    if 'why' in cost: raise ValueError(f'nothing was measured: {cost["why"]}')
+    file = Path(file or root() / "reports" / "results" / "sd15_costs.json")
+    if "why" in cost:
+        raise ValueError(f"nothing was measured: {cost['why']}")
     old = read_json(file) if file.exists() else []
-    alike = lambda c: all(c[k] == cost[k] for k in ('base', 'device', 'batch'))
+    alike = lambda c: all(c[k] == cost[k] for k in ("base", "device", "batch"))
     return write_json(file, [c for c in old if not alike(c)] + [cost])
 
+
 def cost_of(
-    run, # a training
-    drawing, # an evaluation, or None
-    recorded, # measurements that were recorded
-) -> tuple: # a measurement or None, and a text that says where it comes from
+    run,  # a training
+    drawing,  # an evaluation, or None
+    recorded,  # measurements that were recorded
+) -> tuple:  # a measurement or None, and a text that says where it comes from
     "Measure the base of a plan, or look for a recorded measurement."
     p, e = run.parameters, drawing.parameters if drawing else {}
-    cost = measure_base(p['base'], p.get('device', 'auto'), p['targets'], p['rank'], p['batch_size'],
-                        p['precision'], min(4, e.get('batch', 1)), e.get('precision', 'auto'))
-    if 'why' not in cost: return cost, f'measured on {cost["device"]}'
-    found = next((c for c in recorded if c['base'] == Path(p['base']).name), None)
-    if found: return found, f'{cost["why"]}; recorded on {found["device"]}'
-    return None, f'{cost["why"]}, and no measurement of it is recorded, so times are not known'
+    cost = measure_base(
+        p["base"],
+        p.get("device", "auto"),
+        p["target_modules"],
+        p["rank"],
+        p["batch_size"],
+        p["mixed_precision"],
+        min(4, e.get("batch", 1)),
+        e.get("mixed_precision", "auto"),
+    )
+    if "why" not in cost:
+        return cost, f"measured on {cost['device']}"
+    found = next((c for c in recorded if c["base"] == Path(p["base"]).name), None)
+    if found:
+        return found, f"{cost['why']}; recorded on {found['device']}"
+    return None, f"{cost['why']}, and no measurement of it is recorded, so times are not known"
 
 # %% ../../nbs/09_study/04_plan.ipynb #8f0e7142
 def rank_size(
-    run, # a training
-    cost, # a measurement, or None
-):       # bytes of an adapter per unit of rank, or None if the base is not known
+    run,  # a training
+    cost,  # a measurement, or None
+):  # bytes of an adapter per unit of rank, or None if the base is not known
     "Tell how large an adapter is."
-    if cost and cost.get('per_rank'): return 4*cost['per_rank']
-    if 'v1-5' not in run.parameters['base']: return None
-    inject(unet := published_unet('sd15'), run.parameters['targets'], rank=1)
-    return 4*count_parameters(unet)['trainable']
+    if cost and cost.get("per_rank"):
+        return 4 * cost["per_rank"]
+    if "v1-5" not in run.parameters["base"]:
+        return None
+    inject(unet := published_unet("sd15"), run.parameters["target_modules"], rank=1)
+    return 4 * count_parameters(unet)["trainable"]
 
 # %% ../../nbs/09_study/04_plan.ipynb #98fdc386
-def time_lines(learn, look, cost, where): # trainings and others, measurement, and where it is from
+def time_lines(learn, look, cost, where):  # trainings and others, measurement, and where it is from
     "Say how long and how much memory."
     a, b = (sum(seconds_of(r, cost) for r in rows) for rows in (learn, look))
-    step, walk = f'{cost["train"]:.3g} s a step of {cost["batch"]}', f'{cost["sample"]:.3g} s a guided step'
-    return [f'  {step}, {walk} of a picture of {cost["size"]} pixels ({where})',
-            f'  trainings {human_time(a)}, evaluations {human_time(b)} and what the scoring networks take',
-            f'  memory {human_bytes(cost["peak_mb"]*1e6)} at the peak of the measured training']
+    step, walk = f"{cost['train']:.3g} s a step of {cost['batch']}", f"{cost['sample']:.3g} s a guided step"
+    return [
+        f"  {step}, {walk} of a picture of {cost['size']} pixels ({where})",
+        f"  trainings {human_time(a)}, evaluations {human_time(b)} and what the scoring networks take",
+        f"  memory {human_bytes(cost['peak_mb'] * 1e6)} at the peak of the measured training",
+    ]
 
-def disk_lines(learn, totals, cost): # trainings, what all runs compute, measurement or None
+
+def disk_lines(learn, totals, cost):  # trainings, what all runs compute, measurement or None
     "Say how much disk."
-    one, size = rank_size(learn[0], cost), cost['size'] if cost else 512
-    pictures = human_bytes(sum(t['pictures'] for t in totals)*size**2/2)
-    if not one: return [f'  disk: {len(learn)} adapters, and about {pictures} of pictures']
-    bytes_ = [one*r.parameters['rank'] for r in learn]
-    kept = human_bytes(4*sum(bytes_))                      # the adapter, and a checkpoint with Adam's moments
-    return [f'  disk: {len(learn)} adapters of {human_bytes(min(bytes_))} to {human_bytes(max(bytes_))} '
-            f'({kept} with checkpoints), and about {pictures} of pictures']
+    one, size = rank_size(learn[0], cost), cost["size"] if cost else 512
+    pictures = human_bytes(sum(t["pictures"] for t in totals) * size**2 / 2)
+    if not one:
+        return [f"  disk: {len(learn)} adapters, and about {pictures} of pictures"]
+    bytes_ = [one * r.parameters["rank"] for r in learn]
+    kept = human_bytes(4 * sum(bytes_))  # the adapter, and a checkpoint with Adam's moments
+    return [
+        f"  disk: {len(learn)} adapters of {human_bytes(min(bytes_))} to {human_bytes(max(bytes_))} "
+        f"({kept} with checkpoints), and about {pictures} of pictures"
+    ]
 
 # %% ../../nbs/09_study/04_plan.ipynb #10e9def4
 def cost_lines(
-    todo, # list of Run
-    recorded=None, # measurements; those of reports/results/sd15_costs.json if None
-) -> list: # lines of text
+    todo,  # list of Run
+    recorded=None,  # measurements; those of reports/results/sd15_costs.json if None
+) -> list:  # lines of text
     "Say what the runs of a plan cost."
-    learn, look = ([r for r in todo if ('law' in r.parameters) == k] for k in (True, False))
-    file, totals = root()/'reports'/'results'/'sd15_costs.json', [amounts(r) for r in todo]
-    add = lambda k, rows=totals: f'{sum(t[k] for t in rows):,.0f}'
-    lines = [f'  {add("steps")} optimizer steps, {add("pictures")} pictures in {add("walked")} guided steps']
-    if not learn: return lines
+    learn, look = ([r for r in todo if ("timestep_sampling" in r.parameters) == k] for k in (True, False))
+    file, totals = root() / "reports" / "results" / "sd15_costs.json", [amounts(r) for r in todo]
+    add = lambda k, rows=totals: f"{sum(t[k] for t in rows):,.0f}"
+    lines = [
+        f"  {add('train_steps')} optimizer steps, {add('pictures')} pictures in {add('denoised_steps')} guided steps"
+    ]
+    if not learn:
+        return lines
     recorded = recorded if recorded is not None else read_json(file) if file.exists() else []
-    drawing = next((r for r in look if r.parameters['mode'] == 'sample'), None)
+    drawing = next((r for r in look if r.parameters["mode"] == "sample"), None)
     cost, where = cost_of(learn[0], drawing, recorded)
-    if cost: lines += time_lines(learn, look, cost, where)
-    else: lines.append(f'  {where}')
+    if cost:
+        lines += time_lines(learn, look, cost, where)
+    else:
+        lines.append(f"  {where}")
     return lines + disk_lines(learn, totals, cost)
 
 # %% ../../nbs/09_study/04_plan.ipynb #a3762254
-FIELDS = dict(experiment='', trainings='', shared='', arms=(), train={}, evaluate={}, also=(), mix=(),
-              read=(), parts=(), pictures=(), metrics=(), bare={}, out='reports',     # key -> default
-              trust=False, evaluator='nbs/experiments/evaluate.ipynb')
+FIELDS = dict(
+    experiment="",
+    trainings="",
+    shared="",
+    recipes=(),
+    train={},
+    evaluate={},
+    also=(),
+    mix=(),
+    read=(),
+    parts=(),
+    pictures=(),
+    metrics=(),
+    bare={},
+    out="reports",  # key -> default
+    trust=False,
+    evaluator="nbs/experiments/run/evaluate.ipynb",
+)
+
 
 def read_yaml(
     path,  # YAML file
-    known, # keys that may occur
-) -> dict: # its content
+    known,  # keys that may occur
+) -> dict:  # its content
     "Read a mapping from a YAML file and refuse keys that mean nothing."
-    if not Path(path).is_file(): raise FileNotFoundError(f'{path} does not exist')
-    try: content = yaml.load(Path(path).read_text(encoding='utf-8'), Loader) or {}
-    except (yaml.YAMLError, ValueError) as e: raise ValueError(f'{Path(path).name}: {e}') from None
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader) or {}
+    except (yaml.YAMLError, ValueError) as e:
+        raise ValueError(f"{Path(path).name}: {e}") from None
     for key in content:
-        if key not in known: raise unknown(key, known, Path(path).name)
+        if key not in known:
+            raise unknown(key, known, Path(path).name)
     return content
 
 # %% ../../nbs/09_study/04_plan.ipynb #badba31f
 def read_profile(
-    name='study', # name of a profile
+    name="study",  # name of a profile
     folder=None,  # where the files are; reports/params if None
-) -> dict:        # every key of FIELDS, and its name and folder
-    "Read a profile and the values that its arms share."
-    folder = Path(folder or root()/'reports'/'params')
-    if not (folder/f'{name}.yaml').is_file():
-        raise ValueError(f'profile {name!r} does not exist: there is no {name}.yaml in {folder.name}/')
-    p = dict(FIELDS, **read_yaml(folder/f'{name}.yaml', FIELDS), name=name, folder=folder)
-    shared = read_yaml(folder/f'{p["shared"]}.yaml', ('train', 'evaluate')) if p['shared'] else {}
-    if not (p['parts'] or p['experiment'] and (p['arms'] or p['read'])):
-        raise ValueError(f'{name}.yaml: experiment and arms are needed, or parts')
-    if isinstance(m := p['metrics'], str) and m not in KEPT: raise unknown(m, KEPT, f'{name}.yaml: metrics')
-    return p | {k: shared.get(k, {}) | p[k] for k in ('train', 'evaluate')}
+) -> dict:  # every key of FIELDS, and its name and folder
+    "Read a profile and the values that its recipes share."
+    folder = Path(folder or root() / "reports" / "params")
+    if not (folder / f"{name}.yaml").is_file():
+        raise ValueError(f"profile {name!r} does not exist: there is no {name}.yaml in {folder.name}/")
+    p = dict(FIELDS, **read_yaml(folder / f"{name}.yaml", FIELDS), name=name, folder=folder)
+    shared = read_yaml(folder / f"{p['shared']}.yaml", ("train", "evaluate")) if p["shared"] else {}
+    if not (p["parts"] or p["experiment"] and (p["recipes"] or p["read"])):
+        raise ValueError(f"{name}.yaml: experiment and recipes are needed, or parts")
+    if isinstance(m := p["metrics"], str) and m not in KEPT:
+        raise unknown(m, KEPT, f"{name}.yaml: metrics")
+    return p | {k: shared.get(k, {}) | p[k] for k in ("train", "evaluate")}
 
 # %% ../../nbs/09_study/04_plan.ipynb #0e100dba
-@lru_cache(maxsize=None)
+@cache
 def fingerprint(
-    path, # file or folder
-) -> str: # 16 digits, or the name itself if there is no such file
+    path,  # file or folder
+) -> str:  # 16 digits, or the name itself if there is no such file
     "Fingerprint a file or folder once."
     return hash_files(path)[:16] if Path(path).exists() else Path(path).name
 
+
 def inputs_of(
-    parameters, # of a run
-) -> dict:      # name -> fingerprint
+    parameters,  # of a run
+) -> dict:  # name -> fingerprint
     "Fingerprint what a run reads besides its parameters."
-    embedded = dict(base='base', evaluator='evaluator', clip='scorer_clip')
-    named = {k: assets()/f if parameters.get(k) == 'embedded' else root()/str(parameters[k])
-             for k, f in embedded.items() if parameters.get(k)}
-    pictures = source_files(parameters['vendor']) if 'vendor' in parameters else {}
+    embedded = dict(base="base", evaluator="evaluator", clip="scorer_clip")
+    named = {
+        k: assets() / f if parameters.get(k) == "embedded" else root() / str(parameters[k])
+        for k, f in embedded.items()
+        if parameters.get(k)
+    }
+    pictures = source_files(parameters["style"]) if "style" in parameters else {}
     return {k: fingerprint(p) for k, p in (named | pictures).items()}
 
 # %% ../../nbs/09_study/04_plan.ipynb #02e829b2
 def make_runs(
-    notebook, experiment, arm, # of the runs
-    given,    # parameters; lists are grids
-    where,    # what is being read, for messages
-) -> list:    # of Run
+    notebook,
+    experiment,
+    recipe,  # of the runs
+    given,  # parameters; lists are grids
+    where,  # what is being read, for messages
+) -> list:  # of Run
     "Check parameters against a notebook, and expand them into runs."
-    known = declared(root()/notebook)
-    given = {k: v for k, v in dict(experiment=experiment, arm=arm).items() if k in known} | given
-    rows = [(complete_parameters(root()/notebook, row, where), label) for row, label in expand(given, known)]
-    return [Run(notebook, experiment, arm, row, inputs_of(row), label) for row, label in rows]
+    known = declared(root() / notebook)
+    given = {k: v for k, v in dict(experiment=experiment, recipe=recipe).items() if k in known} | given
+    rows = [
+        (complete_parameters(root() / notebook, row, where), label) for row, label in expand(given, known)
+    ]
+    return [Run(notebook, experiment, recipe, row, inputs_of(row), label) for row, label in rows]
+
 
 def training_runs(
-    profile, # from `read_profile`
-) -> list:   # of Run
+    profile,  # from `read_profile`
+) -> list:  # of Run
     "List the training runs of a profile."
-    runs, keys = [], ('notebook', 'experiment', 'arm', 'parameters', 'inputs')
-    for name in profile['arms']:
-        arm = read_yaml(profile['folder']/f'{name}.yaml', keys)
-        given = profile['train'] | arm.get('parameters', {})
-        whose = profile['trainings'] or profile['experiment']
-        runs += make_runs(arm['notebook'], whose, arm['arm'], given, f'{name}.yaml')
+    runs, keys = [], ("notebook", "experiment", "recipe", "parameters", "inputs")
+    for name in profile["recipes"]:
+        recipe = read_yaml(profile["folder"] / f"{name}.yaml", keys)
+        given = profile["train"] | recipe.get("parameters", {})
+        whose = profile["trainings"] or profile["experiment"]
+        runs += make_runs(recipe["notebook"], whose, recipe["recipe"], given, f"{name}.yaml")
     return runs
 
 # %% ../../nbs/09_study/04_plan.ipynb #3633b029
 def evaluations_of(
-    profile, # from `read_profile`
-    run,     # a training run, or None for the bare base
+    profile,  # from `read_profile`
+    run,  # a training run, or None for the bare base
     **more,  # parameters that are known from elsewhere
-) -> list:   # of Run, those that evaluate it
+) -> list:  # of Run, those that evaluate it
     "Plan the evaluations of a training run."
-    copied = ('base', 'vendor', 'n_images', 'rank', 'train_seed', 'device')
+    copied = ("base", "style", "n_images", "rank", "train_seed", "device")
     same = {k: run.parameters[k] for k in copied if k in run.parameters} | dict(adapter=run.id) if run else {}
-    known, arm = declared(root()/profile['evaluator']), run.arm if run else more['arm']
+    known, recipe = declared(root() / profile["evaluator"]), run.recipe if run else more["recipe"]
+
     def made(grid):
         given = {k: v for k, v in (grid | same | more).items() if k in known or k not in same | more}
-        return make_runs(profile['evaluator'], profile['experiment'], arm, given, f'{profile["name"]}.yaml')
-    return [r for over in ({}, *profile['also']) for r in made(profile['evaluate'] | over)]
+        return make_runs(
+            profile["evaluator"], profile["experiment"], recipe, given, f"{profile['name']}.yaml"
+        )
+
+    return [r for over in ({}, *profile["also"]) for r in made(profile["evaluate"] | over)]
 
 # %% ../../nbs/09_study/04_plan.ipynb #a7204733
 def mixtures_of(
-    profile, # from `read_profile`
-    trained, # list of Run, its trainings
-) -> list:   # of Run, those that evaluate mixtures
-    "Plan the mixtures of trainings that differ in nothing but the vendor."
-    runs, where, two = [], f'{profile["name"]}.yaml: mix', ('vendor', 'other_vendor')
-    for m in profile['mix']:
-        if lost := [k for k in two if k not in m]: raise ValueError(f'{where} needs {lost[0]}')
-        mine, others = ([t for t in trained if t.parameters['vendor'] == m[k]] for k in two)
-        alike = {json.dumps([t.arm, t.parameters | dict(vendor='')]): t for t in others}
+    profile,  # from `read_profile`
+    trained,  # list of Run, its trainings
+) -> list:  # of Run, those that evaluate mixtures
+    "Plan the mixtures of trainings that differ in nothing but the style."
+    runs, where, two = [], f"{profile['name']}.yaml: mix", ("style", "other_style")
+    for m in profile["mix"]:
+        if lost := [k for k in two if k not in m]:
+            raise ValueError(f"{where} needs {lost[0]}")
+        mine, others = ([t for t in trained if t.parameters["style"] == m[k]] for k in two)
+        alike = {json.dumps([t.recipe, t.parameters | dict(style="")]): t for t in others}
         rest = {k: v for k, v in m.items() if k not in two}
-        over = profile | dict(evaluate=profile['evaluate'] | rest, also=())
-        pairs = [(t, alike.get(json.dumps([t.arm, t.parameters | dict(vendor='')]))) for t in mine]
+        over = profile | dict(evaluate=profile["evaluate"] | rest, also=())
+        pairs = [(t, alike.get(json.dumps([t.recipe, t.parameters | dict(style="")]))) for t in mine]
         if not pairs or not all(o for _, o in pairs):
-            raise ValueError(f'{where}: {m["vendor"]} and {m["other_vendor"]} are not trained alike')
+            raise ValueError(f"{where}: {m['style']} and {m['other_style']} are not trained alike")
         for t, o in pairs:
-            runs += evaluations_of(over, t, mode='mix', blend_with=o.id, other_vendor=m['other_vendor'])
+            runs += evaluations_of(over, t, mode="mix", blend_with=o.id, other_style=m["other_style"])
     return runs
 
 # %% ../../nbs/09_study/04_plan.ipynb #6c50613f
 def plan_runs(
-    profile, # from `read_profile`
-) -> list:   # of Run, in the order of execution
+    profile,  # from `read_profile`
+) -> list:  # of Run, in the order of execution
     "List all runs of a profile but the reading ones."
     trained, runs, seen = training_runs(profile), [], set()
-    judged = {m['vendor'] for m in profile['mix']}
+    judged = {m["style"] for m in profile["mix"]}
     for t in trained:
-        same = {k: t.parameters[k] for k in ('base', 'vendor', 'n_images', 'device') if k in t.parameters}
-        if (key := json.dumps(same)) in seen or judged and same['vendor'] not in judged: continue
-        runs += evaluations_of(profile, None, **same, arm='references', mode='references')[:1]
-        bare = dict(arm='no_lora', adapter_scale=1.) | profile['bare']            # nothing there to be scaled
+        same = {k: t.parameters[k] for k in ("base", "style", "n_images", "device") if k in t.parameters}
+        if (key := json.dumps(same)) in seen or judged and same["style"] not in judged:
+            continue
+        runs += evaluations_of(profile, None, **same, recipe="references", mode="references")[:1]
+        bare = dict(recipe="no_lora", lora_scale=1.0) | profile["bare"]  # nothing there to be scaled
         runs += evaluations_of(profile, None, **same, **bare)
         seen.add(key)
-    if judged: runs += [*trained, *mixtures_of(profile, trained)]
-    else: runs += [r for t in trained for r in (t, *evaluations_of(profile, t))]
+    if judged:
+        runs += [*trained, *mixtures_of(profile, trained)]
+    else:
+        runs += [r for t in trained for r in (t, *evaluations_of(profile, t))]
     return list({r.id: r for r in runs}.values())
 
 # %% ../../nbs/09_study/04_plan.ipynb #206068cf
 def known_runs(
-    plan,    # list of Run
-    results, # folder of results
-    runs,    # folder where the folders of runs are
-) -> set:    # identities that need no work although their folders may not be here
+    plan,  # list of Run
+    results,  # folder of results
+    runs,  # folder where the folders of runs are
+) -> set:  # identities that need no work although their folders may not be here
     "Tell which runs are complete, from their results alone."
     stored = completed(results)
-    absent = [r for r in plan if r.id not in stored and not is_complete(Path(runs)/r.id)]
-    missing = {r.parameters.get(k) for r in absent for k in ('adapter', 'blend_with')}
+    absent = [r for r in plan if r.id not in stored and not is_complete(Path(runs) / r.id)]
+    missing = {r.parameters.get(k) for r in absent for k in ("adapter", "blend_with")}
     return {r.id for r in plan if r.id in stored and r.id not in missing}
 
 # %% ../../nbs/09_study/04_plan.ipynb #2e95d0f8
 def read_plans(
-    results, # folder of results
-) -> dict:   # name of a profile to its runs: dicts of id, kind, arm, label, experiment, adapter
+    results,  # folder of results
+) -> dict:  # name of a profile to its runs: dicts of id, kind, recipe, label, experiment, adapter
     "Read which runs belong to which profile; a profile without runs has no entry."
-    path, plans = Path(results)/'plans.parquet', {}
-    rows = pd.read_parquet(path).to_dict('records') if path.exists() else []
-    for r in rows: plans.setdefault(r.pop('profile'), []).append(r)
+    path, plans = Path(results) / "plans.parquet", {}
+    rows = pd.read_parquet(path).to_dict("records") if path.exists() else []
+    for r in rows:
+        plans.setdefault(r.pop("profile"), []).append(r)
     return plans
 
+
 def store_plan(
-    profile, # from `read_profile`
-    plan,    # list of Run
-    results, # folder of results
-) -> set:    # identities that belong to any profile
+    profile,  # from `read_profile`
+    plan,  # list of Run
+    results,  # folder of results
+) -> set:  # identities that belong to any profile
     "Record the plan of a profile beside those of the others."
-    kind = lambda r: 'evaluate' if r.notebook == profile['evaluator'] else 'train'
-    mine = [dict(id=r.id, kind=kind(r), arm=r.arm, label=r.label, experiment=r.experiment,
-                 adapter=r.parameters.get('adapter', '')) for r in plan]
-    plans = read_plans(results) | {profile['name']: mine}
+    kind = lambda r: "evaluate" if r.notebook == profile["evaluator"] else "train"
+    mine = [
+        dict(
+            id=r.id,
+            kind=kind(r),
+            recipe=r.recipe,
+            label=r.label,
+            experiment=r.experiment,
+            adapter=r.parameters.get("adapter", ""),
+        )
+        for r in plan
+    ]
+    plans = read_plans(results) | {profile["name"]: mine}
     rows = [dict(profile=k, **r) for k, rows in plans.items() for r in rows]
-    columns = ['profile', 'id', 'kind', 'arm', 'label', 'experiment', 'adapter']
-    write_table(pd.DataFrame(rows, columns=columns), Path(results)/'plans.parquet', ())
-    return {r['id'] for r in rows}
+    columns = ["profile", "id", "kind", "recipe", "label", "experiment", "adapter"]
+    write_table(pd.DataFrame(rows, columns=columns), Path(results) / "plans.parquet", ())
+    return {r["id"] for r in rows}
 
 # %% ../../nbs/09_study/04_plan.ipynb #f933955f
 def announce(
-    profile, # from `read_profile`
-    plan,    # list of Run
-    todo,    # those that will be executed
-    results, # folder of results
-) -> str:    # a few lines
+    profile,  # from `read_profile`
+    plan,  # list of Run
+    todo,  # those that will be executed
+    results,  # folder of results
+) -> str:  # a few lines
     "Say what a study is going to do."
-    lines = [f'profile {profile["name"]}: {len(plan)} runs, {len(plan) - len(todo)} of them complete']
-    path = Path(results)/'runs.parquet'
-    large = any(r.parameters.get('base', 'embedded') != 'embedded' for r in plan)
+    lines = [f"profile {profile['name']}: {len(plan)} runs, {len(plan) - len(todo)} of them complete"]
+    path = Path(results) / "runs.parquet"
+    large = any(r.parameters.get("base", "embedded") != "embedded" for r in plan)
     if path.exists() and not large:
-        usual = pd.read_parquet(path).groupby('notebook').seconds.median()
+        usual = pd.read_parquet(path).groupby("notebook").seconds.median()
         seconds = sum(usual.get(r.notebook, usual.median()) for r in todo)
-        lines[0] += f', about {human_time(seconds)} to go' if seconds == seconds and todo else ''
-    names = [f'{Path(r.notebook).stem} {r.arm}' for r in todo]
+        lines[0] += f", about {human_time(seconds)} to go" if seconds == seconds and todo else ""
+    names = [f"{Path(r.notebook).stem} {r.recipe}" for r in todo]
     groups = pd.Series(names, dtype=object).value_counts(sort=False)
-    lines += [f'  {n} × {name}' for name, n in groups.items()]
-    readers = [Path(r['notebook'] if isinstance(r, dict) else r).stem for r in profile['read']]
-    if readers: lines.append(f'  then, unless up to date: {", ".join(readers)}')
-    return '\n'.join(lines + (cost_lines(todo) if large and todo else []))
+    lines += [f"  {n} × {name}" for name, n in groups.items()]
+    readers = [Path(r["notebook"] if isinstance(r, dict) else r).stem for r in profile["read"]]
+    if readers:
+        lines.append(f"  then, unless up to date: {', '.join(readers)}")
+    return "\n".join(lines + (cost_lines(todo) if large and todo else []))

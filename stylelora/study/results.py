@@ -20,277 +20,346 @@ from .runs import is_complete
 from ..stats.intervals import cells, cluster_bootstrap, differences
 
 # %% ../../nbs/09_study/03_results.ipynb #5926da5c
-SCHEMA = dict(experiment=str, arm=str, vendor=str, n_images=int, rank=int, train_seed=int, sample_seed=int,
-              concept=str, sampler=str, steps=int, nfe=int, cfg=float, metric=str, value=float, run_id=str)
-UNTRAINED = dict(n_images=0, rank=0, train_seed=-1)                        # for arms without an adapter
-UNDRAWN = dict(sample_seed=-1, sampler='none', steps=0, nfe=0, cfg=0.)     # for pictures that no model drew
+SCHEMA = dict(
+    experiment=str,
+    recipe=str,
+    style=str,
+    n_images=int,
+    rank=int,
+    train_seed=int,
+    sample_seed=int,
+    concept=str,
+    sampler=str,
+    num_inference_steps=int,
+    nfe=int,
+    guidance_scale=float,
+    metric=str,
+    value=float,
+    run_id=str,
+)
+UNTRAINED = dict(n_images=0, rank=0, train_seed=-1)  # for recipes without an adapter
+UNDRAWN = dict(
+    sample_seed=-1, sampler="none", num_inference_steps=0, nfe=0, guidance_scale=0.0
+)  # for pictures that no model drew
+
 
 def _column(name, series, kind):
     "Return one column in its type, or say what is wrong with it."
-    fits = dict(int=pd.api.types.is_integer_dtype, float=pd.api.types.is_numeric_dtype,
-                str=lambda s: s.map(lambda v: isinstance(v, str)).all())[kind.__name__]
-    if fits(series) and not pd.api.types.is_bool_dtype(series): return series.astype(kind)
-    raise ValueError(f'results: column {name} holds {series.iloc[0]!r}, want {kind.__name__}')
+    fits = dict(
+        int=pd.api.types.is_integer_dtype,
+        float=pd.api.types.is_numeric_dtype,
+        str=lambda s: s.map(lambda v: isinstance(v, str)).all(),
+    )[kind.__name__]
+    if fits(series) and not pd.api.types.is_bool_dtype(series):
+        return series.astype(kind)
+    raise ValueError(f"results: column {name} holds {series.iloc[0]!r}, want {kind.__name__}")
 
 # %% ../../nbs/09_study/03_results.ipynb #46a7995a
 def check_rows(
-    frame, # rows to be stored
-) -> pd.DataFrame: # the same rows, columns in order and in their types
+    frame,  # rows to be stored
+) -> pd.DataFrame:  # the same rows, columns in order and in their types
     "Check rows against the schema."
     for name in set(frame) - set(SCHEMA):
         near = difflib.get_close_matches(name, SCHEMA, n=1)
-        hint = f'did you mean {near[0]!r}?' if near else 'drop it'
-        raise ValueError(f'results: unknown column {name!r}; {hint}')
-    if lost := [c for c in SCHEMA if c not in frame]: raise ValueError(f'results: columns {lost} are missing')
+        hint = f"did you mean {near[0]!r}?" if near else "drop it"
+        raise ValueError(f"results: unknown column {name!r}; {hint}")
+    if lost := [c for c in SCHEMA if c not in frame]:
+        raise ValueError(f"results: columns {lost} are missing")
     out = pd.DataFrame({c: _column(c, frame[c], kind) for c, kind in SCHEMA.items()}) if len(frame) else frame
     if not np.isfinite(out.value.astype(float)).all():
-        raise ValueError('results: a value is NaN or infinite; drop pictures that could not be scored')
-    twice = out[out.duplicated([c for c in SCHEMA if c != 'value'])]
-    if len(twice): raise ValueError(f'results: a row appears twice: {twice.iloc[0].drop("value").to_dict()}')
+        raise ValueError("results: a value is NaN or infinite; drop pictures that could not be scored")
+    twice = out[out.duplicated([c for c in SCHEMA if c != "value"])]
+    if len(twice):
+        raise ValueError(f"results: a row appears twice: {twice.iloc[0].drop('value').to_dict()}")
     return out[list(SCHEMA)].reset_index(drop=True)
 
 # %% ../../nbs/09_study/03_results.ipynb #c7c28806
 def to_rows(
-    scores,   # one row per picture, one column per metric; NaN where not scored
-    concepts, # name of each picture's concept
-    **fields, # the other columns: a value, or one per picture
-) -> pd.DataFrame: # rows of the schema, checked
+    scores,  # one row per picture, one column per metric; NaN where not scored
+    concepts,  # name of each picture's concept
+    **fields,  # the other columns: a value, or one per picture
+) -> pd.DataFrame:  # rows of the schema, checked
     "Turn a table of scores into tidy rows."
     wide = pd.DataFrame(dict(scores), index=range(len(scores))).assign(concept=list(concepts), **fields)
     wide = wide.reset_index(drop=True)
-    keys = [c for c in SCHEMA if c in wide and c not in ('metric', 'value')]
-    long = wide.melt(id_vars=keys, value_vars=list(scores), var_name='metric', value_name='value')
-    return check_rows(long.dropna(subset='value').astype(dict(value=float)))
+    keys = [c for c in SCHEMA if c in wide and c not in ("metric", "value")]
+    long = wide.melt(id_vars=keys, value_vars=list(scores), var_name="metric", value_name="value")
+    return check_rows(long.dropna(subset="value").astype(dict(value=float)))
 
 # %% ../../nbs/09_study/03_results.ipynb #d72fd55d
 def short_floats(
-    values, # numbers (n,)
-    bits=8, # significant bits that are kept
-) -> np.ndarray: # float32 (n,)
+    values,  # numbers (n,)
+    bits=8,  # significant bits that are kept
+) -> np.ndarray:  # float32 (n,)
     "Round numbers to a few significant bits; whole numbers up to 2**bits stay as they are."
     mantissa, exponent = np.frexp(np.asarray(values, float))
     return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits).astype(np.float32)
 
+
 def write_table(
-    frame, # the table
+    frame,  # the table
     path,  # parquet file
-    short=('value',), # columns whose numbers are rounded, see `short_floats`
-    bits=8, # significant bits that are kept in those columns
-) -> Path: # the file
+    short=("value",),  # columns whose numbers are rounded, see `short_floats`
+    bits=8,  # significant bits that are kept in those columns
+) -> Path:  # the file
     "Write a table as parquet, atomically, small, and equal for equal content."
     packed = [c for c in short if c in frame]
     frame = frame.assign(**{c: short_floats(frame[c], bits) for c in packed})
-    frame.to_parquet(buffer := io.BytesIO(), index=False, compression='zstd', compression_level=19,
-                     use_dictionary=[c for c in frame if c not in packed],
-                     column_encoding={c: 'BYTE_STREAM_SPLIT' for c in packed} or None)
+    frame.to_parquet(
+        buffer := io.BytesIO(),
+        index=False,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=[c for c in frame if c not in packed],
+        column_encoding={c: "BYTE_STREAM_SPLIT" for c in packed} or None,
+    )
     return write_atomic(path, buffer.getvalue())
 
 # %% ../../nbs/09_study/03_results.ipynb #e8dfc756
 def results_folder(
-    folder=None, # another folder; reports/results if None
-) -> Path:       # where the parquet files are
+    folder=None,  # another folder; reports/results if None
+) -> Path:  # where the parquet files are
     "Locate the results."
-    return Path(folder) if folder else root()/'reports'/'results'
+    return Path(folder) if folder else root() / "reports" / "results"
+
 
 def append_results(
-    frame, # rows of the schema; all rows of each run together
-    folder=None, # another folder; reports/results if None
-) -> list:   # the files written
+    frame,  # rows of the schema; all rows of each run together
+    folder=None,  # another folder; reports/results if None
+) -> list:  # the files written
     "Store rows; runs that are there already are replaced."
     frame, written = check_rows(frame), []
-    for experiment, new in frame.groupby('experiment'):
-        path = results_folder(folder)/f'{experiment}.parquet'
+    for experiment, new in frame.groupby("experiment"):
+        path = results_folder(folder) / f"{experiment}.parquet"
         old = pd.read_parquet(path) if path.exists() else new.iloc[:0]
         both = check_rows(pd.concat([old[~old.run_id.isin(new.run_id)], new]))
-        order = ['metric', *(c for c in SCHEMA if c not in ('metric', 'value'))]   # like beside like
+        order = ["metric", *(c for c in SCHEMA if c not in ("metric", "value"))]  # like beside like
         written.append(write_table(both.sort_values(order, ignore_index=True), path))
     return written
 
 # %% ../../nbs/09_study/03_results.ipynb #b24c2823
 def load_results(
-    *experiments, # names of experiments; all if none is given
+    *experiments,  # names of experiments; all if none is given
     folder=None,  # another folder; reports/results if None
-    **where,      # column = value, or a list of values
-) -> pd.DataFrame: # rows of the schema
+    **where,  # column = value, or a list of values
+) -> pd.DataFrame:  # rows of the schema
     "Read results, narrowed down by columns."
     here = results_folder(folder)
-    paths = [here/f'{e}.parquet' for e in experiments] or sorted(here.glob('*.parquet'))
-    if lost := [p.name for p in paths if not p.exists()] or (not paths and ['results']):
-        raise FileNotFoundError(f'{", ".join(lost)} not found in {here.name}/; run: make study')
-    frames = [f for p in paths if 'value' in (f := pd.read_parquet(p)) and 'metric' in f]
+    paths = [here / f"{e}.parquet" for e in experiments] or sorted(here.glob("*.parquet"))
+    if lost := [p.name for p in paths if not p.exists()] or (not paths and ["results"]):
+        raise FileNotFoundError(f"{', '.join(lost)} not found in {here.name}/; run: make study")
+    frames = [f for p in paths if "value" in (f := pd.read_parquet(p)) and "metric" in f]
     frame = pd.concat(frames, ignore_index=True)
     for column, wanted in where.items():
-        if column not in frame: raise ValueError(f'no column {column!r}; there are {", ".join(SCHEMA)}')
+        if column not in frame:
+            raise ValueError(f"no column {column!r}; there are {', '.join(SCHEMA)}")
         wanted = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
         seen = list(frame[column].unique())
         frame = frame[frame[column].isin(wanted)]
-        if frame.empty: raise ValueError(f'no results with {column} in {wanted}; there are {seen[:12]}')
+        if frame.empty:
+            raise ValueError(f"no results with {column} in {wanted}; there are {seen[:12]}")
     return frame.reset_index(drop=True)
 
 # %% ../../nbs/09_study/03_results.ipynb #9d8fa331
-RUN_COLUMNS = ('run_id experiment arm notebook label seconds peak_memory_mb device attempts started git '
-               'git_changes code parameters seeds inputs versions').split()
+RUN_COLUMNS = (
+    "run_id experiment recipe notebook label seconds peak_memory_mb device attempts started git "
+    "git_changes code parameters seeds inputs versions"
+).split()
+
 
 def rounded(
-    x,        # number, text, list or dictionary
-    digits=5, # significant digits
-):            # the same with shorter numbers
+    x,  # number, text, list or dictionary
+    digits=5,  # significant digits
+):  # the same with shorter numbers
     "Round all broken numbers in nested things."
-    if isinstance(x, float): return float(f'{x:.{digits}g}')
-    if isinstance(x, dict): return {k: rounded(v, digits) for k, v in x.items()}
+    if isinstance(x, float):
+        return float(f"{x:.{digits}g}")
+    if isinstance(x, dict):
+        return {k: rounded(v, digits) for k, v in x.items()}
     return [rounded(v, digits) for v in x] if isinstance(x, (list, tuple)) else x
 
 # %% ../../nbs/09_study/03_results.ipynb #f2be3472
 def run_row(
-    manifest, # dictionary, from manifest.json
-) -> dict:    # one row of runs.parquet
+    manifest,  # dictionary, from manifest.json
+) -> dict:  # one row of runs.parquet
     "Flatten a manifest to one row; what has no column of its own goes to `facts`."
-    flat = dict(manifest, run_id=manifest['id'])
-    facts = {k: rounded(v) for k, v in flat.items() if k not in {*RUN_COLUMNS, 'id', 'status', 'files'}}
+    flat = dict(manifest, run_id=manifest["id"])
+    facts = {k: rounded(v) for k, v in flat.items() if k not in {*RUN_COLUMNS, "id", "status", "files"}}
     text = lambda v: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v
     return {c: text(flat.get(c)) for c in RUN_COLUMNS} | dict(facts=text(facts))
 
 # %% ../../nbs/09_study/03_results.ipynb #3ce7b030
 def append_runs(
-    manifests, # list of dictionaries
-    folder=None, # another folder; reports/results if None
-) -> Path:     # runs.parquet
+    manifests,  # list of dictionaries
+    folder=None,  # another folder; reports/results if None
+) -> Path:  # runs.parquet
     "Store runs; those that are there already are replaced."
-    path, new = results_folder(folder)/'runs.parquet', pd.DataFrame([run_row(m) for m in manifests])
+    path, new = results_folder(folder) / "runs.parquet", pd.DataFrame([run_row(m) for m in manifests])
     old = pd.read_parquet(path) if path.exists() else new.iloc[:0]
     both = pd.concat([old[~old.run_id.isin(new.run_id)], new]) if len(old) else new
-    return write_table(both.sort_values('run_id', ignore_index=True), path)
+    return write_table(both.sort_values("run_id", ignore_index=True), path)
 
 # %% ../../nbs/09_study/03_results.ipynb #f932d8f2
 def completed(
-    folder=None, # another folder; reports/results if None
-) -> set:        # identities of runs
+    folder=None,  # another folder; reports/results if None
+) -> set:  # identities of runs
     "List the runs whose results are stored."
-    path = results_folder(folder)/'runs.parquet'
-    return set(pd.read_parquet(path, columns=['run_id']).run_id) if path.exists() else set()
+    path = results_folder(folder) / "runs.parquet"
+    return set(pd.read_parquet(path, columns=["run_id"]).run_id) if path.exists() else set()
 
 # %% ../../nbs/09_study/03_results.ipynb #a7ba61c3
 def collect(
-    runs_folder, # where the folders of runs are
-    folder=None, # another folder for results; reports/results if None
-) -> int:        # how many runs were stored
+    runs_folder,  # where the folders of runs are
+    folder=None,  # another folder for results; reports/results if None
+) -> int:  # how many runs were stored
     "Gather the results and the manifests of all complete runs."
-    complete = [p for p in sorted(Path(runs_folder).glob('[!.]*')) if is_complete(p)]
-    found = [p/'results.parquet' for p in complete if (p/'results.parquet').exists()]
-    if found: append_results(pd.concat([pd.read_parquet(p) for p in found]), folder)
-    if complete: append_runs([read_json(p/'manifest.json') for p in complete], folder)
+    complete = [p for p in sorted(Path(runs_folder).glob("[!.]*")) if is_complete(p)]
+    found = [p / "results.parquet" for p in complete if (p / "results.parquet").exists()]
+    if found:
+        append_results(pd.concat([pd.read_parquet(p) for p in found]), folder)
+    if complete:
+        append_runs([read_json(p / "manifest.json") for p in complete], folder)
     return len(complete)
 
 # %% ../../nbs/09_study/03_results.ipynb #437158e1
 @dataclass(frozen=True)
 class Metric:
     "Say how a metric is printed."
-    label: str         # what readers see
-    digits: int = 2    # after the point
-    scale: float = 1.  # factor on stored values, such as 100 for percent
-    unit: str = ''     # written after the number
-    better: int = 1    # 1 if more is better, -1 if less, 0 if neither
+
+    label: str  # what readers see
+    digits: int = 2  # after the point
+    scale: float = 1.0  # factor on stored values, such as 100 for percent
+    unit: str = ""  # written after the number
+    better: int = 1  # 1 if more is better, -1 if less, 0 if neither
+
 
 METRICS = dict(
-    style_at_1=Metric('Style@1', 0, 100, '%'), style_margin=Metric('style margin', 3),
-    content_at_1=Metric('Content@1', 0, 100, '%'), content_rank=Metric('content rank', 1, better=-1),
-    content_rr=Metric('content MRR'), content_margin=Metric('content margin', 3), gt_skill=Metric('GT skill'),
-    leaked=Metric('leakage', 0, 100, '%', -1), copied=Metric('copies', 0, 100, '%', -1),
-    clip_content=Metric('CLIP content', 3), clip_style=Metric('CLIP style', 3),
-    clip_text=Metric('CLIP text', 3), psnr=Metric('PSNR', 1, 1, 'dB'), ssim=Metric('SSIM', 3),
-    lpips=Metric('LPIPS', 3, better=-1), perceptual=Metric('LPIPS on lite0', 2, better=-1),
-    style_dose=Metric('style dose'), other_style_dose=Metric('dose of the other style', better=0),
-    dose_palette=Metric('palette dose'), dose_outline=Metric('outline dose'),
-    dose_shading=Metric('shading dose'), dose_shape=Metric('shape dose'),
-    csd_style=Metric('CSD style', 3), dinov2_style=Metric('DINOv2 style', 3), pickscore=Metric('PickScore'),
-    dinov2_content=Metric('DINOv2 content', 3), clip_copy=Metric('nearest training picture', 3, better=-1),
-    diversity=Metric('diversity', 3), seconds_per_image=Metric('time per image', 2, 1, 's', -1))
+    style_at_1=Metric("Style@1", 0, 100, "%"),
+    style_margin=Metric("style margin", 3),
+    content_at_1=Metric("Content@1", 0, 100, "%"),
+    content_rank=Metric("content rank", 1, better=-1),
+    content_rr=Metric("content MRR"),
+    content_margin=Metric("content margin", 3),
+    gt_skill=Metric("GT skill"),
+    leaked=Metric("leakage", 0, 100, "%", -1),
+    copied=Metric("copies", 0, 100, "%", -1),
+    clip_content=Metric("CLIP content", 3),
+    clip_style=Metric("CLIP style", 3),
+    clip_text=Metric("CLIP text", 3),
+    psnr=Metric("PSNR", 1, 1, "dB"),
+    ssim=Metric("SSIM", 3),
+    lpips=Metric("LPIPS", 3, better=-1),
+    perceptual=Metric("LPIPS on lite0", 2, better=-1),
+    style_score=Metric("style score"),
+    other_style_score=Metric("score of the other style", better=0),
+    attribute_palette=Metric("palette score"),
+    attribute_outline=Metric("outline score"),
+    attribute_shading=Metric("shading score"),
+    attribute_shape=Metric("shape score"),
+    csd_style=Metric("CSD style", 3),
+    dinov2_style=Metric("DINOv2 style", 3),
+    pickscore=Metric("PickScore"),
+    dinov2_content=Metric("DINOv2 content", 3),
+    clip_copy=Metric("nearest training picture", 3, better=-1),
+    diversity=Metric("diversity", 3),
+    seconds_per_image=Metric("time per image", 2, 1, "s", -1),
+)
 
 # %% ../../nbs/09_study/03_results.ipynb #bc9600c2
-_SWEPT = tuple('''style_at_1 style_margin style_dose content_at_1 content_rr gt_skill leaked copied diversity
-seconds_per_image'''.split())
-_MORE = tuple('''dose_palette dose_outline dose_shading dose_shape other_style_dose perceptual lpips
-clip_content clip_style clip_text'''.split())
-_ALL = tuple('''content_margin gt_edges gt_palette gt_perceptual psnr ssim style_chance lite0_style_at_1
-lite0_content_at_1 lite0_content_rr'''.split())
+_SWEPT = tuple(
+    """style_at_1 style_margin style_score content_at_1 content_rr gt_skill leaked copied diversity
+seconds_per_image""".split()
+)
+_MORE = tuple(
+    """attribute_palette attribute_outline attribute_shading attribute_shape other_style_score perceptual lpips
+clip_content clip_style clip_text""".split()
+)
+_ALL = tuple(
+    """content_margin gt_edges gt_palette gt_perceptual psnr ssim style_chance lite0_style_at_1
+lite0_content_at_1 lite0_content_rr""".split()
+)
 KEPT = dict(sweep=_SWEPT, headline=_SWEPT + _MORE, thorough=_SWEPT + _MORE + _ALL)
 
+
 def wanted_rows(
-    rows,    # tidy results of the runs that are here
-    metrics, # names, a name out of KEPT, or nothing for all
-    path,    # parquet file where they will be stored
-):           # tidy results
+    rows,  # tidy results of the runs that are here
+    metrics,  # names, a name out of KEPT, or nothing for all
+    path,  # parquet file where they will be stored
+):  # tidy results
     "Leave out the metrics that a profile does not store."
-    if not len(metrics): return rows
+    if not len(metrics):
+        return rows
     names = KEPT[metrics] if isinstance(metrics, str) else metrics
-    stored = pd.read_parquet(path, columns=['run_id', 'metric']) if Path(path).exists() else rows[:0]
+    stored = pd.read_parquet(path, columns=["run_id", "metric"]) if Path(path).exists() else rows[:0]
     full = stored[~stored.metric.isin(names)].run_id.unique()
     return rows[rows.metric.isin(names) & ~rows.run_id.isin(full)]
 
 # %% ../../nbs/09_study/03_results.ipynb #4e2e89c8
 def metric_of(
-    name, # column `metric`
-) -> Metric: # how it is printed
+    name,  # column `metric`
+) -> Metric:  # how it is printed
     "Look up how a metric is printed."
-    return METRICS.get(name, Metric(name.replace('_', ' ')))
+    return METRICS.get(name, Metric(name.replace("_", " ")))
+
 
 def interval_text(
-    interval, # from `cluster_bootstrap`
-    metric,   # name of the metric
-    sign=False, # True writes + before gains, for differences
-    short=False, # True for tables
-) -> str:     # such as '62 % (95 % interval 55 to 69)'
+    interval,  # from `cluster_bootstrap`
+    metric,  # name of the metric
+    sign=False,  # True writes + before gains, for differences
+    short=False,  # True for tables
+) -> str:  # such as '62 % (95 % interval 55 to 69)'
     "Print an estimate with its unit and its interval."
     m = metric_of(metric)
-    number = lambda v, s=sign: f'{v*m.scale:{"+" if s else ""}.{m.digits}f}'.replace('-', '−')
-    if short: return f'{number(interval.estimate)} [{number(interval.low)}, {number(interval.high)}]'
-    ends = f'{100*interval.level:g} % interval {number(interval.low)} to {number(interval.high)}'
-    return f'{number(interval.estimate)} {m.unit}'.rstrip() + f' ({ends})'
+    number = lambda v, s=sign: f"{v * m.scale:{'+' if s else ''}.{m.digits}f}".replace("-", "−")
+    if short:
+        return f"{number(interval.estimate)} [{number(interval.low)}, {number(interval.high)}]"
+    ends = f"{100 * interval.level:g} % interval {number(interval.low)} to {number(interval.high)}"
+    return f"{number(interval.estimate)} {m.unit}".rstrip() + f" ({ends})"
 
 # %% ../../nbs/09_study/03_results.ipynb #0b60035c
 def value(
     frame,  # tidy results
-    metric, # name of the metric
-    arm,    # name of the arm
-    baseline=None, # arm to compare with; the text is then the difference
-    short=False,   # True leaves out unit and words
+    metric,  # name of the metric
+    recipe,  # name of the recipe
+    baseline=None,  # recipe to compare with; the text is then the difference
+    short=False,  # True leaves out unit and words
     **how,  # passed to `cluster_bootstrap`: level, n_draws, seed
-) -> str:   # number with unit and interval, for prose
-    "Print the mean of one arm, or its difference to a baseline, with its interval."
-    d = cells(frame, metric, arm) if baseline is None else differences(frame, metric, arm, baseline)
+) -> str:  # number with unit and interval, for prose
+    "Print the mean of one recipe, or its difference to a baseline, with its interval."
+    d = cells(frame, metric, recipe) if baseline is None else differences(frame, metric, recipe, baseline)
     return interval_text(cluster_bootstrap(d, **how), metric, sign=baseline is not None, short=short)
 
 # %% ../../nbs/09_study/03_results.ipynb #913cd7da
 def arrange(
-    arms, # names in any order
-) -> list: # floors, arms by name, ceilings
-    "Sort arms: floors first, ceilings last."
-    known, arms = (*FLOORS, *CEILINGS), list(dict.fromkeys(arms))
-    floors, ceilings = ([a for a in names if a in arms] for names in (FLOORS, CEILINGS))
-    return floors + sorted(a for a in arms if a not in known) + ceilings
+    recipes,  # names in any order
+) -> list:  # floors, recipes by name, ceilings
+    "Sort recipes: floors first, ceilings last."
+    known, recipes = (*FLOORS, *CEILINGS), list(dict.fromkeys(recipes))
+    floors, ceilings = ([a for a in names if a in recipes] for names in (FLOORS, CEILINGS))
+    return floors + sorted(a for a in recipes if a not in known) + ceilings
 
 # %% ../../nbs/09_study/03_results.ipynb #aa5569b7
 def table(
-    frame,   # tidy results
-    metrics, # names of the metrics, the columns
-    arms=None, # names of the arms; all if None
-    **how,   # passed to `cluster_bootstrap`: level, n_draws, seed
-) -> pd.DataFrame: # texts; rows are arms, floors first and ceilings last
+    frame,  # tidy results
+    metrics,  # names of the metrics, the columns
+    recipes=None,  # names of the recipes; all if None
+    **how,  # passed to `cluster_bootstrap`: level, n_draws, seed
+) -> pd.DataFrame:  # texts; rows are recipes, floors first and ceilings last
     "Tabulate means with intervals."
     rows = {}
-    for arm in arrange(frame.arm if arms is None else arms):
-        mine = frame[frame.arm == arm]
-        show = lambda m: value(mine, m, arm, short=True, **how) if (mine.metric == m).any() else '–'
-        rows[arm] = {metric_of(m).label: show(m) for m in metrics}
-        rows[arm] |= dict(concepts=mine.concept.nunique(), seeds=mine.train_seed.nunique())
+    for recipe in arrange(frame.recipe if recipes is None else recipes):
+        mine = frame[frame.recipe == recipe]
+        show = lambda m: value(mine, m, recipe, short=True, **how) if (mine.metric == m).any() else "–"
+        rows[recipe] = {metric_of(m).label: show(m) for m in metrics}
+        rows[recipe] |= dict(concepts=mine.concept.nunique(), seeds=mine.train_seed.nunique())
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/09_study/03_results.ipynb #5791c889
 def markdown(
-    frame, # any table
-    index='arm', # heading of the first column
+    frame,  # any table
+    index="recipe",  # heading of the first column
 ) -> str:  # a pipe table
     "Print a table as Markdown."
-    line = lambda cells: '| ' + ' | '.join(str(c).replace('|', r'\|') for c in cells) + ' |'
+    line = lambda cells: "| " + " | ".join(str(c).replace("|", r"\|") for c in cells) + " |"
     body = [line([i, *row]) for i, row in zip(frame.index, frame.values)]
-    return '\n'.join([line([index, *frame.columns]), line(['---']*(1 + frame.shape[1])), *body])
+    return "\n".join([line([index, *frame.columns]), line(["---"] * (1 + frame.shape[1])), *body])

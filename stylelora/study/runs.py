@@ -15,141 +15,174 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from ..core import (human_time, pick_device, read_json, root, sha256_bytes, write_atomic,
-                            write_json)
+from ..core import human_time, pick_device, read_json, root, sha256_bytes, write_atomic, write_json
 from .params import Run, read_runs, replay
+
 "Execute a batch of runs on several processes."
 
 # %% ../../nbs/09_study/02_runs.ipynb #2e26c437
 def working_folder(
-    run_folder, # the injected parameter; '' when the notebook is opened by hand
-) -> Path:      # an existing folder; it may hold what an interrupted attempt has left
+    run_folder,  # the injected parameter; '' when the notebook is opened by hand
+) -> Path:  # an existing folder; it may hold what an interrupted attempt has left
     "Find the folder that this run works in."
-    if not run_folder: return Path(tempfile.mkdtemp(prefix='stylelora-'))
-    folder = root()/run_folder
+    if not run_folder:
+        return Path(tempfile.mkdtemp(prefix="stylelora-"))
+    folder = root() / run_folder
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
+
 def progress(
-    step,    # steps done
-    total,   # steps in all
-    text='', # what else to show, such as the loss
+    step,  # steps done
+    total,  # steps in all
+    text="",  # what else to show, such as the loss
 ):
     "Print a line of progress that the runner shows as a bar."
-    print(f'progress {step}/{total} {text}'.rstrip(), flush=True)
+    print(f"progress {step}/{total} {text}".rstrip(), flush=True)
+
 
 def note(
-    run_folder, # from `working_folder`
-    **facts,    # name = plain value, such as device='cuda' or images_seen=3200
+    run_folder,  # from `working_folder`
+    **facts,  # name = plain value, such as device='cuda' or images_seen=3200
 ):
     "Add facts to the manifest of this run."
-    path = Path(run_folder)/'facts.json'
+    path = Path(run_folder) / "facts.json"
     write_json(path, (read_json(path) if path.exists() else {}) | facts)
 
 # %% ../../nbs/09_study/02_runs.ipynb #6e68de7f
-PACKAGES = 'torch numpy diffusers transformers safetensors pandas scipy papermill'.split()
+PACKAGES = "torch numpy diffusers transformers safetensors pandas scipy papermill".split()
+
 
 def _version(package):
     "Look up the version of a package, or nothing."
-    try: return version(package)
-    except PackageNotFoundError: return None
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
 
 def _git(*words):
     "Return the output of a git command, empty without git or outside a repository."
-    try: return subprocess.run(['git', '-C', root(), *words], capture_output=True, text=True).stdout.strip()
-    except OSError: return ''
+    try:
+        return subprocess.run(["git", "-C", root(), *words], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
-def environment() -> dict: # plain values
+
+def environment() -> dict:  # plain values
     "Describe the software and the hardware of this process."
-    device = pick_device('auto')
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{os.cpu_count()} cores'
-    system = f'{platform.system()} {platform.machine()}'
-    return dict(python=platform.python_version(), system=system, device=name,
-                versions={p: v for p in PACKAGES if (v := _version(p))}, git=_git('rev-parse', 'HEAD'),
-                git_changes=bool(_git('status', '--porcelain', '--untracked-files=no')))
+    device = pick_device("auto")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
+    system = f"{platform.system()} {platform.machine()}"
+    return dict(
+        python=platform.python_version(),
+        system=system,
+        device=name,
+        versions={p: v for p in PACKAGES if (v := _version(p))},
+        git=_git("rev-parse", "HEAD"),
+        git_changes=bool(_git("status", "--porcelain", "--untracked-files=no")),
+    )
 
 # %% ../../nbs/09_study/02_runs.ipynb #083d254f
 class PeakMemory:
     "Watch the memory of all child processes: `with PeakMemory() as peak: …`, then `peak.mb`."
+
     def __enter__(self):
         "Start to watch."
-        self.mb, self._stop = 0., threading.Event()
+        self.mb, self._stop = 0.0, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *error):
         "Stop."
-        self._stop.set(); self._thread.join()
+        self._stop.set()
+        self._thread.join()
 
     def _watch(self):
-        while not self._stop.wait(.2):
+        while not self._stop.wait(0.2):
             total = 0
             for child in psutil.Process().children(recursive=True):
-                try: total += child.memory_info().rss
-                except psutil.Error: pass
-            self.mb = max(self.mb, total/1e6)
+                try:
+                    total += child.memory_info().rss
+                except psutil.Error:
+                    pass
+            self.mb = max(self.mb, total / 1e6)
 
 # %% ../../nbs/09_study/02_runs.ipynb #bf8f43cb
 def is_complete(
-    folder, # the final folder of a run
+    folder,  # the final folder of a run
 ) -> bool:  # True if nothing has to be done
     "Tell whether a run's folder is complete."
-    try: manifest = read_json(Path(folder)/'manifest.json')
-    except (OSError, ValueError): return False
-    size = lambda f: (Path(folder)/f).stat().st_size if (Path(folder)/f).is_file() else -1
-    return manifest.get('status') == 'complete' and all(size(f) == n for f, n in manifest['files'].items())
+    try:
+        manifest = read_json(Path(folder) / "manifest.json")
+    except (OSError, ValueError):
+        return False
+    size = lambda f: (Path(folder) / f).stat().st_size if (Path(folder) / f).is_file() else -1
+    return manifest.get("status") == "complete" and all(size(f) == n for f, n in manifest["files"].items())
 
 # %% ../../nbs/09_study/02_runs.ipynb #311e0cab
 def publish(
-    work,     # the partial folder
-    final,    # the name it gets
-    manifest, # dictionary that is completed and written
-) -> Path:    # the final folder
+    work,  # the partial folder
+    final,  # the name it gets
+    manifest,  # dictionary that is completed and written
+) -> Path:  # the final folder
     "Write the manifest and give the folder its final name, in this order."
-    for leftover in ('error.txt', 'lock.json', 'manifest.json'): (work/leftover).unlink(missing_ok=True)
-    files = {str(f.relative_to(work)): f.stat().st_size for f in sorted(work.rglob('*')) if f.is_file()}
-    write_json(work/'manifest.json', manifest | dict(status='complete', files=files))
-    stale = final.with_name(f'.{final.name}.stale')
+    for leftover in ("error.txt", "lock.json", "manifest.json"):
+        (work / leftover).unlink(missing_ok=True)
+    files = {str(f.relative_to(work)): f.stat().st_size for f in sorted(work.rglob("*")) if f.is_file()}
+    write_json(work / "manifest.json", manifest | dict(status="complete", files=files))
+    stale = final.with_name(f".{final.name}.stale")
     shutil.rmtree(stale, ignore_errors=True)
-    if final.exists(): final.rename(stale)                       # an incomplete or outdated one steps aside
+    if final.exists():
+        final.rename(stale)  # an incomplete or outdated one steps aside
     work.rename(final)
     shutil.rmtree(stale, ignore_errors=True)
     return final
 
 # %% ../../nbs/09_study/02_runs.ipynb #ed763c14
 def claim(
-    work, # partial folder, made if missing
+    work,  # partial folder, made if missing
 ):
     "Take a partial folder for this process, or say who has it."
     work.mkdir(parents=True, exist_ok=True)
-    lock, me = work/'lock.json', psutil.Process()
-    try: owner = read_json(lock); alive = psutil.Process(owner['pid']).create_time() == owner['started']
-    except (OSError, ValueError, KeyError, psutil.Error): alive = False
-    if alive and owner['pid'] != me.pid:
-        raise RuntimeError(f'{work.name} is being executed by process {owner["pid"]}; wait or stop it')
+    lock, me = work / "lock.json", psutil.Process()
+    try:
+        owner = read_json(lock)
+        alive = psutil.Process(owner["pid"]).create_time() == owner["started"]
+    except (OSError, ValueError, KeyError, psutil.Error):
+        alive = False
+    if alive and owner["pid"] != me.pid:
+        raise RuntimeError(f"{work.name} is being executed by process {owner['pid']}; wait or stop it")
     write_json(lock, dict(pid=me.pid, started=me.create_time()))
 
 # %% ../../nbs/09_study/02_runs.ipynb #e1549f7c
 class Stream:
     "A file-like object that passes on lines, and turns lines of progress into calls."
-    def __init__(self,
-        say,       # called with each line of text
-        on_progress=lambda share, text: None, # called with the share done (0 to 1) and a text
-        every=10., # seconds between lines that overwrite themselves
-    ):
-        self.say, self.on_progress, self.every, self.rest, self.last = say, on_progress, every, '', -1e9
 
-    def write(self,
-        text, # the next piece of output
+    def __init__(
+        self,
+        say,  # called with each line of text
+        on_progress=lambda share, text: None,  # called with the share done (0 to 1) and a text
+        every=10.0,  # seconds between lines that overwrite themselves
+    ):
+        self.say, self.on_progress, self.every, self.rest, self.last = say, on_progress, every, "", -1e9
+
+    def write(
+        self,
+        text,  # the next piece of output
     ):
         "Take a piece of output."
-        *lines, self.rest = re.split(r'(?<=[\r\n])', self.rest + text)
+        *lines, self.rest = re.split(r"(?<=[\r\n])", self.rest + text)
         for line in lines:
-            done = re.match(r'progress ((\d+)/(\d+).*)', line)
-            if done: self.on_progress(int(done[2])/max(int(done[3]), 1), done[1])
-            elif line.endswith('\r') and time.monotonic() - self.last < self.every: continue
-            elif line.strip(): self.say(line.strip()); self.last = time.monotonic()
+            done = re.match(r"progress ((\d+)/(\d+).*)", line)
+            if done:
+                self.on_progress(int(done[2]) / max(int(done[3]), 1), done[1])
+            elif line.endswith("\r") and time.monotonic() - self.last < self.every:
+                continue
+            elif line.strip():
+                self.say(line.strip())
+                self.last = time.monotonic()
 
     def flush(self):
         "Do nothing: lines are passed on as they end."
@@ -159,140 +192,172 @@ def this_kernel():
     "Make a kernel manager class that always starts the running interpreter."
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}', '--log-level=50']
-    spec = KernelSpec(argv=argv, display_name='this python', language='python')
-    return type('ThisKernel', (AsyncKernelManager,), dict(kernel_spec=property(lambda self: spec)))
+
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"]
+    spec = KernelSpec(argv=argv, display_name="this python", language="python")
+    return type("ThisKernel", (AsyncKernelManager,), dict(kernel_spec=property(lambda self: spec)))
 
 # %% ../../nbs/09_study/02_runs.ipynb #eeeace10
 def execute(
-    run,    # a Run
-    work,   # its partial folder
-    stream, # file-like object for what the notebook prints
+    run,  # a Run
+    work,  # its partial folder
+    stream,  # file-like object for what the notebook prints
 ):
     "Execute the notebook of a run in its partial folder, with papermill."
     import papermill
+
     inside = work.is_relative_to(root())
     parameters = run.parameters | dict(run_folder=str(work.relative_to(root()) if inside else work))
-    papermill.execute_notebook(str(root()/run.notebook), str(work/'notebook.ipynb'), parameters=parameters,
-        kernel_name='python3', language='python', kernel_manager_class=this_kernel(), cwd=str(root()),
-        progress_bar=False, stdout_file=stream, stderr_file=stream, autosave_cell_every=60)
-    nb = read_json(work/'notebook.ipynb')
-    for key in ('input_path', 'output_path'): nb['metadata']['papermill'].pop(key, None)
-    write_json(work/'notebook.ipynb', nb)
+    papermill.execute_notebook(
+        str(root() / run.notebook),
+        str(work / "notebook.ipynb"),
+        parameters=parameters,
+        kernel_name="python3",
+        language="python",
+        kernel_manager_class=this_kernel(),
+        cwd=str(root()),
+        progress_bar=False,
+        stdout_file=stream,
+        stderr_file=stream,
+        autosave_cell_every=60,
+    )
+    nb = read_json(work / "notebook.ipynb")
+    for key in ("input_path", "output_path"):
+        nb["metadata"]["papermill"].pop(key, None)
+    write_json(work / "notebook.ipynb", nb)
 
 # %% ../../nbs/09_study/02_runs.ipynb #760d0e5c
 def code_hash(
-    notebook, # path of a notebook
-) -> str:     # fingerprint of its code cells, without outputs
+    notebook,  # path of a notebook
+) -> str:  # fingerprint of its code cells, without outputs
     "Fingerprint the code of a notebook."
-    cells = [''.join(c['source']) for c in read_json(notebook)['cells'] if c['cell_type'] == 'code']
-    return sha256_bytes('\n'.join(cells))[:16]
+    cells = ["".join(c["source"]) for c in read_json(notebook)["cells"] if c["cell_type"] == "code"]
+    return sha256_bytes("\n".join(cells))[:16]
+
 
 def begin(
     run,  # a Run
-    work, # its partial folder
-) -> dict: # the first half of the manifest
+    work,  # its partial folder
+) -> dict:  # the first half of the manifest
     "Record what is known before a run starts."
-    attempts = read_json(work/'run.json').get('attempts', 0) if (work/'run.json').exists() else 0
-    seeds = {k: v for k, v in run.parameters.items() if k.endswith('seed')}
-    manifest = dict(id=run.id, **vars(run), seeds=seeds, attempts=attempts + 1,
-                    code=code_hash(root()/run.notebook), **environment(),
-                    started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
-    write_json(work/'run.json', manifest)
+    attempts = read_json(work / "run.json").get("attempts", 0) if (work / "run.json").exists() else 0
+    seeds = {k: v for k, v in run.parameters.items() if k.endswith("seed")}
+    manifest = dict(
+        id=run.id,
+        **vars(run),
+        seeds=seeds,
+        attempts=attempts + 1,
+        code=code_hash(root() / run.notebook),
+        **environment(),
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+    write_json(work / "run.json", manifest)
     return manifest
 
 # %% ../../nbs/09_study/02_runs.ipynb #3325fe16
 def finish(
-    manifest, # from `begin`
-    work,     # the partial folder
+    manifest,  # from `begin`
+    work,  # the partial folder
     seconds,  # how long this attempt took
     peak_mb,  # peak memory in MB
-) -> dict:    # the whole manifest, but for its list of files
+) -> dict:  # the whole manifest, but for its list of files
     "Add what is known after a run."
-    (work/'run.json').unlink()
-    facts = read_json(work/'facts.json') if (work/'facts.json').exists() else {}
+    (work / "run.json").unlink()
+    facts = read_json(work / "facts.json") if (work / "facts.json").exists() else {}
     return manifest | dict(seconds=round(seconds, 2), peak_memory_mb=round(peak_mb, 1)) | facts
 
 # %% ../../nbs/09_study/02_runs.ipynb #7b592c75
 def run_one(
-    run,    # a Run
-    folder, # where the folders of runs are
-    say=print, # called with lines of text
-    on_progress=lambda share, text: None, # called with the share done
-    force=False, # True executes also what is complete
-    done=(),     # identities that count as complete although their folder is not here
-) -> dict:       # id, experiment, arm, label, status ('done', 'skipped' or 'failed'), seconds, error
+    run,  # a Run
+    folder,  # where the folders of runs are
+    say=print,  # called with lines of text
+    on_progress=lambda share, text: None,  # called with the share done
+    force=False,  # True executes also what is complete
+    done=(),  # identities that count as complete although their folder is not here
+) -> dict:  # id, experiment, recipe, label, status ('done', 'skipped' or 'failed'), seconds, error
     "Execute a run into its folder, unless it is complete."
-    final, work = Path(folder)/run.id, Path(folder)/f'.{run.id}.partial'
-    outcome = dict(id=run.id, experiment=run.experiment, arm=run.arm, label=run.label, seconds=0., error='')
-    if not force and (run.id in done or is_complete(final)): return outcome | dict(status='skipped')
+    final, work = Path(folder) / run.id, Path(folder) / f".{run.id}.partial"
+    outcome = dict(
+        id=run.id, experiment=run.experiment, recipe=run.recipe, label=run.label, seconds=0.0, error=""
+    )
+    if not force and (run.id in done or is_complete(final)):
+        return outcome | dict(status="skipped")
     try:
         claim(work)
         manifest, start = begin(run, work), time.perf_counter()
-        with PeakMemory() as peak: execute(run, work, Stream(say, on_progress))
-        outcome['seconds'] = time.perf_counter() - start
-        publish(work, final, finish(manifest, work, outcome['seconds'], peak.mb))
-        return outcome | dict(status='done')
+        with PeakMemory() as peak:
+            execute(run, work, Stream(say, on_progress))
+        outcome["seconds"] = time.perf_counter() - start
+        publish(work, final, finish(manifest, work, outcome["seconds"], peak.mb))
+        return outcome | dict(status="done")
     except Exception as e:
-        if work.exists(): write_atomic(work/'error.txt', traceback.format_exc())
-        text = f'{e.ename}: {e.evalue}' if hasattr(e, 'ename') else f'{type(e).__name__}: {e}'
-        return outcome | dict(status='failed', error=text.strip().splitlines()[0][:300])
+        if work.exists():
+            write_atomic(work / "error.txt", traceback.format_exc())
+        text = f"{e.ename}: {e.evalue}" if hasattr(e, "ename") else f"{type(e).__name__}: {e}"
+        return outcome | dict(status="failed", error=text.strip().splitlines()[0][:300])
 
 # %% ../../nbs/09_study/02_runs.ipynb #39e43dcb
 def run_batch(
-    runs,   # list of Run
-    folder=None, # where the folders of runs are; reports/runs/_sweep if None
-    say=tqdm.write, # called with lines of text
+    runs,  # list of Run
+    folder=None,  # where the folders of runs are; reports/runs/_sweep if None
+    say=tqdm.write,  # called with lines of text
     **how,  # passed to `run_one`: force, done
-) -> pd.DataFrame: # one row per run, see `run_one`
+) -> pd.DataFrame:  # one row per run, see `run_one`
     "Execute runs one after the other; go on after a failure."
-    folder = Path(folder or root()/'reports'/'runs'/'_sweep')
-    form = '{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]{postfix}'
+    folder = Path(folder or root() / "reports" / "runs" / "_sweep")
+    form = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]{postfix}"
     unique, outcomes = {r.id: r for r in runs}, []
     with tqdm(total=len(unique), bar_format=form) as bar:
         for k, run in enumerate(unique.values()):
-            name = f'{run.experiment} {run.arm} {run.label}'.strip()
-            moved = lambda share, text: (setattr(bar, 'n', k + share), bar.set_postfix_str(f'{name}: {text}'))
-            moved(0, 'starts')
-            outcomes.append(o := run_one(run, folder, lambda line: say(f'  {name} | {line}'), moved, **how))
-            moved(1, o['status'])
-            say(f'{o["status"]:>7}  {name}  ' + (o['error'] or human_time(o['seconds'])))
-    return pd.DataFrame(outcomes, columns='id experiment arm label status seconds error'.split())
+            name = f"{run.experiment} {run.recipe} {run.label}".strip()
+            moved = lambda share, text: (setattr(bar, "n", k + share), bar.set_postfix_str(f"{name}: {text}"))
+            moved(0, "starts")
+            outcomes.append(o := run_one(run, folder, lambda line: say(f"  {name} | {line}"), moved, **how))
+            moved(1, o["status"])
+            say(f"{o['status']:>7}  {name}  " + (o["error"] or human_time(o["seconds"])))
+    return pd.DataFrame(outcomes, columns="id experiment recipe label status seconds error".split())
 
 # %% ../../nbs/09_study/02_runs.ipynb #0a21b532
 def report(
-    outcomes, # from `run_batch`
-) -> str:     # one line, and one per failure
+    outcomes,  # from `run_batch`
+) -> str:  # one line, and one per failure
     "Say how a batch went."
-    counts = ', '.join(f'{(outcomes.status == s).sum()} {s}' for s in ('done', 'skipped', 'failed'))
-    bad = outcomes[outcomes.status == 'failed'].itertuples()
-    return '\n'.join([f'runs: {counts}', *(f'FAILED {o.id} {o.label}: {o.error}' for o in bad)])
+    counts = ", ".join(f"{(outcomes.status == s).sum()} {s}" for s in ("done", "skipped", "failed"))
+    bad = outcomes[outcomes.status == "failed"].itertuples()
+    return "\n".join([f"runs: {counts}", *(f"FAILED {o.id} {o.label}: {o.error}" for o in bad)])
 
 # %% ../../nbs/09_study/02_runs.ipynb #fd15187b
 def main(
-    argv=None, # list of words; those of the command line if None
-) -> int:      # 0 all complete, 1 some run failed, 2 wrong parameters
+    argv=None,  # list of words; those of the command line if None
+) -> int:  # 0 all complete, 1 some run failed, 2 wrong parameters
     "Execute parameter files: `runs L1.yaml L2.yaml --folder reports/runs/_sweep`."
-    parser = argparse.ArgumentParser('runs', description='Execute parameter files; skip finished runs.')
-    parser.add_argument('files', nargs='*', help='parameter files (YAML)')
-    parser.add_argument('--folder', help='where the folders of runs are (reports/runs/_sweep)')
-    parser.add_argument('--replay', metavar='MANIFEST', action='append', default=[], help='repeat a run')
-    parser.add_argument('--force', action='store_true', help='execute also what is complete')
-    parser.add_argument('--dry-run', action='store_true', help='only list the runs')
+    parser = argparse.ArgumentParser("runs", description="Execute parameter files; skip finished runs.")
+    parser.add_argument("files", nargs="*", help="parameter files (YAML)")
+    parser.add_argument("--folder", help="where the folders of runs are (reports/runs/_sweep)")
+    parser.add_argument("--replay", metavar="MANIFEST", action="append", default=[], help="repeat a run")
+    parser.add_argument("--force", action="store_true", help="execute also what is complete")
+    parser.add_argument("--dry-run", action="store_true", help="only list the runs")
     args, runs, wrong = parser.parse_args(argv), [], []
     for read, path in [*((read_runs, f) for f in args.files), *((replay, m) for m in args.replay)]:
-        try: runs += r if isinstance(r := read(path), list) else [r]
-        except (ValueError, OSError) as e: wrong.append(str(e))
-    if wrong or not runs: print('\n'.join(wrong) or 'no parameter files given', file=sys.stderr); return 2
-    if args.dry_run: print('\n'.join(f'{r.id}  {r.notebook}  {r.label}' for r in runs)); return 0
+        try:
+            runs += r if isinstance(r := read(path), list) else [r]
+        except (ValueError, OSError) as e:
+            wrong.append(str(e))
+    if wrong or not runs:
+        print("\n".join(wrong) or "no parameter files given", file=sys.stderr)
+        return 2
+    if args.dry_run:
+        print("\n".join(f"{r.id}  {r.notebook}  {r.label}" for r in runs))
+        return 0
     outcomes = run_batch(runs, args.folder, force=args.force)
-    print(report(outcomes)); return int((outcomes.status == 'failed').any())
+    print(report(outcomes))
+    return int((outcomes.status == "failed").any())
 
 # %% ../../nbs/09_study/02_runs.ipynb #298d9b47
 def needs(
-    run, # a Run
-    ids, # identities of the batch
-) -> set: # those that the run reads
+    run,  # a Run
+    ids,  # identities of the batch
+) -> set:  # those that the run reads
     "Find the runs of a batch that another one reads: the ones that it names in its parameters."
     values = [v for p in run.parameters.values() for v in (p if isinstance(p, list) else [p])]
     return {v for v in values if isinstance(v, str) and v in ids and v != run.id}
@@ -300,77 +365,110 @@ def needs(
 # %% ../../nbs/09_study/02_runs.ipynb #48abc5bb
 class Board:
     "Hand out runs to several threads, each run after those that it needs."
+
     def __init__(self, runs):
         self.todo, self.busy, self.news = {r.id: r for r in runs}, set(), threading.Condition()
         self.ids = set(self.todo)
 
-    def take(self): # the next Run, or None when nothing is left
+    def take(self):  # the next Run, or None when nothing is left
         "Take the next run that has nothing to wait for."
         with self.news:
             while self.todo:
                 open_ones = set(self.todo) | self.busy
                 free = [r for r in self.todo.values() if not needs(r, self.ids) & open_ones]
-                if free: self.busy.add(free[0].id); return self.todo.pop(free[0].id)
-                if not self.busy: raise ValueError(f"{min(self.todo)} waits for a run that waits for it")
+                if free:
+                    self.busy.add(free[0].id)
+                    return self.todo.pop(free[0].id)
+                if not self.busy:
+                    raise ValueError(f"{min(self.todo)} waits for a run that waits for it")
                 self.news.wait()
 
     def finish(self, run_id):
         "Note that a run has ended, well or not."
-        with self.news: self.busy.discard(run_id); self.news.notify_all()
+        with self.news:
+            self.busy.discard(run_id)
+            self.news.notify_all()
 
     def close(self):
         "Hand out nothing more."
-        with self.news: self.todo.clear(); self.news.notify_all()
+        with self.news:
+            self.todo.clear()
+            self.news.notify_all()
 
 # %% ../../nbs/09_study/02_runs.ipynb #72adc6de
 def work():
     "Execute the runs that arrive as lines of JSON, and answer with lines of JSON."
-    answers, sys.stdout = sys.stdout, sys.stderr       # whatever else is printed must not look like an answer
-    signal.signal(signal.SIGINT, signal.default_int_handler)   # a background shell starts us deaf to it
-    def tell(**what): print(json.dumps(what), file=answers, flush=True)
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed must not look like an answer
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us deaf to it
+
+    def tell(**what):
+        print(json.dumps(what), file=answers, flush=True)
+
     for line in sys.stdin:
         job = json.loads(line)
-        try: tell(outcome=run_one(Run(**job["run"]), job["folder"], lambda t: tell(say=t),
-                                  lambda share, text: tell(share=share, text=text), **job["how"]))
-        except KeyboardInterrupt: return
+        try:
+            tell(
+                outcome=run_one(
+                    Run(**job["run"]),
+                    job["folder"],
+                    lambda t: tell(say=t),
+                    lambda share, text: tell(share=share, text=text),
+                    **job["how"],
+                )
+            )
+        except KeyboardInterrupt:
+            return
 
 # %% ../../nbs/09_study/02_runs.ipynb #807c2887
 @contextmanager
 def worker(
-    threads, # of the worker's kernels
-): # the process
+    threads,  # of the worker's kernels
+):  # the process
     "Start a worker, and end it with the block."
     env = os.environ | {f"{k}_NUM_THREADS": str(threads) for k in ("OMP", "MKL", "OPENBLAS")}
     code = "from stylelora.study.runs import work; work()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     p = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=root(), **pipes)
-    try: yield p
-    except BaseException: p.send_signal(signal.SIGINT); raise
+    try:
+        yield p
+    except BaseException:
+        p.send_signal(signal.SIGINT)
+        raise
     finally:
-        p.stdin.close(); p.wait(); p.stdout.close()
+        p.stdin.close()
+        p.wait()
+        p.stdout.close()
 
 # %% ../../nbs/09_study/02_runs.ipynb #91019479
 def ask(
-    p,   # a worker
-    run, # a Run
-    job, # folder and how, see `work`
-    say, # called with lines of text
-    on_progress=lambda share, text: None, # called with the share done
-) -> dict: # see `run_one`
+    p,  # a worker
+    run,  # a Run
+    job,  # folder and how, see `work`
+    say,  # called with lines of text
+    on_progress=lambda share, text: None,  # called with the share done
+) -> dict:  # see `run_one`
     "Have a worker execute a run, and wait for the outcome."
-    try: print(json.dumps(dict(job, run=vars(run))), file=p.stdin, flush=True)
-    except OSError: pass                               # it has ended, and says nothing below
+    try:
+        print(json.dumps(dict(job, run=vars(run))), file=p.stdin, flush=True)
+    except OSError:
+        pass  # it has ended, and says nothing below
     for line in p.stdout:
         d = json.loads(line)
-        if "outcome" in d: return d["outcome"]
-        if "say" in d: say(d["say"])
-        if "share" in d: on_progress(d["share"], d["text"])
-    who = dict(id=run.id, experiment=run.experiment, arm=run.arm, label=run.label)
-    return who | dict(status="failed", seconds=0., error="its worker was killed; call again, the run goes on")
+        if "outcome" in d:
+            return d["outcome"]
+        if "say" in d:
+            say(d["say"])
+        if "share" in d:
+            on_progress(d["share"], d["text"])
+    who = dict(id=run.id, experiment=run.experiment, recipe=run.recipe, label=run.label)
+    return who | dict(
+        status="failed", seconds=0.0, error="its worker was killed; call again, the run goes on"
+    )
 
 # %% ../../nbs/09_study/02_runs.ipynb #c57f97b4
 class Bar:
     "Show many runs on one progress bar."
+
     def __init__(self, total):
         form = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]{postfix}"
         self.bar, self.shares, self.lock = tqdm(total=total, bar_format=form), {}, threading.Lock()
@@ -384,47 +482,55 @@ class Bar:
 
 # %% ../../nbs/09_study/02_runs.ipynb #cffb89e2
 def serve(
-    board, bar, # the Board; the Bar
-    job,     # folder and how, see `work`
-    threads, # of the worker's kernels
-    say,     # called with lines of text
-    crew,    # list that the worker's process is added to
-) -> dict:   # identity -> outcome
+    board,
+    bar,  # the Board; the Bar
+    job,  # folder and how, see `work`
+    threads,  # of the worker's kernels
+    say,  # called with lines of text
+    crew,  # list that the worker's process is added to
+) -> dict:  # identity -> outcome
     "Work off the board with one worker, and with another one if it dies."
     outcomes, p = {}, None
     with ExitStack() as stack:
         while run := board.take():
-            if p is None or p.poll() is not None: crew.append(p := stack.enter_context(worker(threads)))
-            name = f"{run.experiment} {run.arm} {run.label}".strip()
+            if p is None or p.poll() is not None:
+                crew.append(p := stack.enter_context(worker(threads)))
+            name = f"{run.experiment} {run.recipe} {run.label}".strip()
             bar.move(name, 0, "starts")
             heard = lambda text: say(f"  {name} | {text}")
             o = outcomes[run.id] = ask(p, run, job, heard, lambda *at: bar.move(name, *at))
-            bar.move(name, 1, o["status"]); board.finish(run.id)
-            say(f'{o["status"]:>7}  {name}  ' + (o["error"] or human_time(o["seconds"])))
+            bar.move(name, 1, o["status"])
+            board.finish(run.id)
+            say(f"{o['status']:>7}  {name}  " + (o["error"] or human_time(o["seconds"])))
     return outcomes
 
 # %% ../../nbs/09_study/02_runs.ipynb #9c353a4f
 def run_parallel(
-    runs,   # list of Run
-    folder=None, # where the folders of runs are; reports/runs/_sweep if None
-    say=tqdm.write, # called with lines of text
-    jobs=2, # workers, one or more; each gets its share of the cores
+    runs,  # list of Run
+    folder=None,  # where the folders of runs are; reports/runs/_sweep if None
+    say=tqdm.write,  # called with lines of text
+    jobs=2,  # workers, one or more; each gets its share of the cores
     **how,  # passed to `run_one`: force, done
-) -> pd.DataFrame: # one row per run, see `run_one`
+) -> pd.DataFrame:  # one row per run, see `run_one`
     "Execute runs on several processes; go on after a failure."
-    if not (isinstance(jobs, int) and jobs > 0): raise ValueError(f"jobs={jobs!r}; use a whole number from 1")
+    if not (isinstance(jobs, int) and jobs > 0):
+        raise ValueError(f"jobs={jobs!r}; use a whole number from 1")
     unique, outcomes, crew = {r.id: r for r in runs}, {}, []
-    job = dict(folder=str(folder or root()/"reports"/"runs"/"_sweep"),
-               how=how | dict(done=sorted(how.get("done", ()))))
-    board, bar, threads = Board(unique.values()), Bar(len(unique)), max(1, (os.cpu_count() or 1)//jobs)
+    job = dict(
+        folder=str(folder or root() / "reports" / "runs" / "_sweep"),
+        how=how | dict(done=sorted(how.get("done", ()))),
+    )
+    board, bar, threads = Board(unique.values()), Bar(len(unique)), max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         parts = [pool.submit(serve, board, bar, job, threads, say, crew) for _ in range(jobs)]
         try:
-            for part in parts: outcomes |= part.result()
+            for part in parts:
+                outcomes |= part.result()
         except BaseException:
             board.close()
-            for p in crew: p.send_signal(signal.SIGINT)
+            for p in crew:
+                p.send_signal(signal.SIGINT)
             raise
     bar.bar.close()
     rows = [outcomes[i] for i in unique]
-    return pd.DataFrame(rows, columns="id experiment arm label status seconds error".split())
+    return pd.DataFrame(rows, columns="id experiment recipe label status seconds error".split())

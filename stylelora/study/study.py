@@ -14,242 +14,286 @@ import pandas as pd
 from PIL import Image
 from ..core import hash_files, read_json, root, write_atomic, write_json
 from .params import Run, complete_parameters, declared
-from .plan import announce, inputs_of, known_runs, plan_runs, read_plans, read_profile, store_plan
+from stylelora.study.plan import (
+    announce,
+    inputs_of,
+    known_runs,
+    plan_runs,
+    read_plans,
+    read_profile,
+    store_plan,
+)
 from .results import append_results, append_runs, wanted_rows, write_table
 from .runs import is_complete, report, run_batch
 
 # %% ../../nbs/09_study/05_study.ipynb #752dd7d0
 def thin_curve(
-    curve, # table of one training: step, loss, grad_norm and more, in order
-    points=50, # that are kept, beside the steps that have a validation loss
-) -> pd.DataFrame: # the same columns; loss and grad_norm are means since the row before
+    curve,  # table of one training: step, loss, grad_norm and more, in order
+    points=50,  # that are kept, beside the steps that have a validation loss
+) -> pd.DataFrame:  # the same columns; loss and grad_norm are means since the row before
     "Keep fewer points of a training curve."
     last = int(curve.step.max())
-    ends = (curve.step % max(1, -(-last//points)) == 0) | (curve.step == last)
-    if 'val_loss' in curve: ends |= curve.val_loss.notna()
-    how = {c: 'mean' if c in ('loss', 'grad_norm') else 'last' for c in curve}
+    ends = (curve.step % max(1, -(-last // points)) == 0) | (curve.step == last)
+    if "val_loss" in curve:
+        ends |= curve.val_loss.notna()
+    how = {c: "mean" if c in ("loss", "grad_norm") else "last" for c in curve}
     return curve.groupby(ends[::-1].cumsum()[::-1], sort=False).agg(how).reset_index(drop=True)
 
 # %% ../../nbs/09_study/05_study.ipynb #fa99da32
 def store_history(
-    ids,     # identities of training runs whose folders are here
-    runs,    # folder where the folders of runs are
-    results, # folder of results
-    keep,    # identities that belong to some plan
+    ids,  # identities of training runs whose folders are here
+    runs,  # folder where the folders of runs are
+    results,  # folder of results
+    keep,  # identities that belong to some plan
 ):
     "Gather the training curves, thinned."
-    path = Path(results)/'history.parquet'
-    new = [pd.read_parquet(Path(runs)/i/'history.parquet').assign(run_id=i) for i in ids]
-    new = [t.drop(columns='images_per_s', errors='ignore') for t in new]     # how fast is in the manifest
+    path = Path(results) / "history.parquet"
+    new = [pd.read_parquet(Path(runs) / i / "history.parquet").assign(run_id=i) for i in ids]
+    new = [t.drop(columns="images_per_s", errors="ignore") for t in new]  # how fast is in the manifest
     old = pd.read_parquet(path) if path.exists() else pd.DataFrame(dict(run_id=[]))
     table = pd.concat([t for t in (old[~old.run_id.isin(ids)], *new) if len(t)] or [old])
-    if not len(table): return
-    table = table[table.run_id.isin(keep)].sort_values(['run_id', 'step'], ignore_index=True)
-    if len(table): table = pd.concat([thin_curve(t) for _, t in table.groupby('run_id')], ignore_index=True)
-    write_table(table, path, table.select_dtypes('floating').columns, bits=11)     # losses differ little
+    if not len(table):
+        return
+    table = table[table.run_id.isin(keep)].sort_values(["run_id", "step"], ignore_index=True)
+    if len(table):
+        table = pd.concat([thin_curve(t) for _, t in table.groupby("run_id")], ignore_index=True)
+    write_table(table, path, table.select_dtypes("floating").columns, bits=11)  # losses differ little
 
 # %% ../../nbs/09_study/05_study.ipynb #5d88362e
 def store_pictures(
-    ids,     # identities of runs whose folders are here
-    runs,    # folder where the folders of runs are
-    results, # folder of results
+    ids,  # identities of runs whose folders are here
+    runs,  # folder where the folders of runs are
+    results,  # folder of results
 ):
     "Copy contact sheets and progress pictures, small enough to commit."
     for i in ids:
-        for name in ('sheet', 'progress'):
-            if not (source := Path(runs)/i/f'{name}.png').exists(): continue
-            Image.open(source).convert('RGB').save(raw := io.BytesIO(), 'WEBP', quality=50, method=6)
-            write_atomic(Path(results)/'pictures'/f'{i}-{name}.webp', raw.getvalue())
-            shutil.copyfile(source.with_suffix('.json'), Path(results)/'pictures'/f'{i}-{name}.json')
+        for name in ("sheet", "progress"):
+            if not (source := Path(runs) / i / f"{name}.png").exists():
+                continue
+            Image.open(source).convert("RGB").save(raw := io.BytesIO(), "WEBP", quality=50, method=6)
+            write_atomic(Path(results) / "pictures" / f"{i}-{name}.webp", raw.getvalue())
+            shutil.copyfile(source.with_suffix(".json"), Path(results) / "pictures" / f"{i}-{name}.json")
 
 # %% ../../nbs/09_study/05_study.ipynb #1f8581fd
 def pictured(
-    plan, # list of Run
-    conditions=(), # mappings of `arm` and parameters to a value or a list; False keeps none
-) -> set: # identities of runs that meet one of them
-    "Choose the runs whose pictures are kept: of each arm, those of its first training seed."
-    if conditions is False: return set()
-    seeds, first = {r.id: r.parameters.get('train_seed') for r in plan}, {}
-    def seed_of(r): return seeds.get(r.parameters.get('adapter'), seeds[r.id])
-    for r in plan: first.setdefault(r.arm, seed_of(r))
+    plan,  # list of Run
+    conditions=(),  # mappings of `recipe` and parameters to a value or a list; False keeps none
+) -> set:  # identities of runs that meet one of them
+    "Choose the runs whose pictures are kept: of each recipe, those of its first training seed."
+    if conditions is False:
+        return set()
+    seeds, first = {r.id: r.parameters.get("train_seed") for r in plan}, {}
+
+    def seed_of(r):
+        return seeds.get(r.parameters.get("adapter"), seeds[r.id])
+
+    for r in plan:
+        first.setdefault(r.recipe, seed_of(r))
+
     def fits(r, wanted):
-        known = r.parameters | dict(arm=r.arm)
+        known = r.parameters | dict(recipe=r.recipe)
         return all(known.get(k) in (v if isinstance(v, list) else [v]) for k, v in wanted.items())
+
     kept = [r for r in plan if not conditions or any(fits(r, c) for c in conditions)]
-    return {r.id for r in kept if seed_of(r) == first[r.arm]}
+    return {r.id for r in kept if seed_of(r) == first[r.recipe]}
+
 
 def drop_pictures(
-    results, # folder of results
-    keep,    # identities whose pictures are wanted
+    results,  # folder of results
+    keep,  # identities whose pictures are wanted
 ):
     "Remove pictures that nobody wants."
-    for f in sorted((Path(results)/'pictures').glob('*-*.*')):
-        if f.stem.rpartition('-')[0] not in keep: f.unlink()
+    for f in sorted((Path(results) / "pictures").glob("*-*.*")):
+        if f.stem.rpartition("-")[0] not in keep:
+            f.unlink()
 
 # %% ../../nbs/09_study/05_study.ipynb #4671526d
-def owned(name, results): # of a profile; folder with plans.parquet
+def owned(name, results):  # of a profile; folder with plans.parquet
     "List the runs that belong to a profile and to no other."
-    plans = {k: {r['id'] for r in rows} for k, rows in read_plans(results).items()}
+    plans = {k: {r["id"] for r in rows} for k, rows in read_plans(results).items()}
     return plans.pop(name, set()).difference(*plans.values())
 
 # %% ../../nbs/09_study/05_study.ipynb #1fedf9ef
 def drop_unplanned(
-    path, # parquet file with a column run_id
-    keep, # identities that belong to some plan
+    path,  # parquet file with a column run_id
+    keep,  # identities that belong to some plan
 ):
     "Drop the rows of runs that no profile knows any more."
-    if not path.exists() or 'run_id' not in (table := pd.read_parquet(path)): return
-    if table.run_id.isin(keep).all(): return
+    if not path.exists() or "run_id" not in (table := pd.read_parquet(path)):
+        return
+    if table.run_id.isin(keep).all():
+        return
     table = table[table.run_id.isin(keep)]
-    write_table(table, path, table.select_dtypes('float32').columns, bits=11)     # they are rounded already
+    write_table(table, path, table.select_dtypes("float32").columns, bits=11)  # they are rounded already
 
 # %% ../../nbs/09_study/05_study.ipynb #b02d6ba9
 def gather(
-    profile, # from `read_profile`
-    plan,    # list of Run
-    runs,    # folder where the folders of runs are
-    results, # folder of results
+    profile,  # from `read_profile`
+    plan,  # list of Run
+    runs,  # folder where the folders of runs are
+    results,  # folder of results
 ):
     "Gather what the complete runs of a plan have left."
     keep = store_plan(profile, plan, results)
-    here = [r.id for r in plan if is_complete(Path(runs)/r.id)]
-    rows = [pd.read_parquet(f) for i in here if (f := Path(runs)/i/'results.parquet').exists()]
-    path = Path(results)/f'{profile["experiment"]}.parquet'
-    rows = wanted_rows(pd.concat(rows), profile['metrics'], path) if rows else ()
-    if len(rows): append_results(rows, results)
-    if here: append_runs([read_json(Path(runs)/i/'manifest.json') for i in here], results)
-    for file in (path, Path(results)/'runs.parquet'): drop_unplanned(file, keep)
-    store_history([i for i in here if (Path(runs)/i/'history.parquet').exists()], runs, results, keep)
-    wanted = pictured(plan, profile['pictures'])
-    mine = owned(profile['name'], results) & {r.id for r in plan if r.notebook == profile['evaluator']}
+    here = [r.id for r in plan if is_complete(Path(runs) / r.id)]
+    rows = [pd.read_parquet(f) for i in here if (f := Path(runs) / i / "results.parquet").exists()]
+    path = Path(results) / f"{profile['experiment']}.parquet"
+    rows = wanted_rows(pd.concat(rows), profile["metrics"], path) if rows else ()
+    if len(rows):
+        append_results(rows, results)
+    if here:
+        append_runs([read_json(Path(runs) / i / "manifest.json") for i in here], results)
+    for file in (path, Path(results) / "runs.parquet"):
+        drop_unplanned(file, keep)
+    store_history([i for i in here if (Path(runs) / i / "history.parquet").exists()], runs, results, keep)
+    wanted = pictured(plan, profile["pictures"])
+    mine = owned(profile["name"], results) & {r.id for r in plan if r.notebook == profile["evaluator"]}
     store_pictures([i for i in here if i in wanted], runs, results)
     drop_pictures(results, keep - mine | wanted)
 
 # %% ../../nbs/09_study/05_study.ipynb #619e3937
 def lighter(
-    png, # base64 text of a PNG
-    limit=12_000, # characters that are allowed
-    palettes=(256, 64, 32), # numbers of colours to try, at each size
-) -> str: # the same picture with a palette, and smaller if it must be
+    png,  # base64 text of a PNG
+    limit=12_000,  # characters that are allowed
+    palettes=(256, 64, 32),  # numbers of colours to try, at each size
+) -> str:  # the same picture with a palette, and smaller if it must be
     "Reduce a picture to a palette, and its size only where that is not enough."
-    page = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
-    for side in .9**np.arange(12):
-        part = page.resize([round(side*n) for n in page.size], Image.LANCZOS)
+    page = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    for side in 0.9 ** np.arange(12):
+        part = page.resize([round(side * n) for n in page.size], Image.LANCZOS)
         for colours in palettes:
-            part.quantize(colours).save(out := io.BytesIO(), 'PNG', optimize=True)
+            part.quantize(colours).save(out := io.BytesIO(), "PNG", optimize=True)
             small = base64.b64encode(out.getvalue()).decode()
-            if min(len(small), len(png)) <= limit: return min(png, small, key=len)
+            if min(len(small), len(png)) <= limit:
+                return min(png, small, key=len)
     return small
 
 # %% ../../nbs/09_study/05_study.ipynb #d3c8b8eb
 def figure_of(
-    code,   # text of a cell
-    folder, # where its figures were saved
-):          # name of the one figure that the cell has saved, or None
+    code,  # text of a cell
+    folder,  # where its figures were saved
+):  # name of the one figure that the cell has saved, or None
     "Find the figure that a cell has saved."
     names = re.findall(r'figures/f?["\']([^"\']+\.)(\w+)["\']', code)
-    kinds, some = dict(png='webp'), lambda n: re.sub(r'\{[^}]*\}', '*', n)
+    kinds, some = dict(png="webp"), lambda n: re.sub(r"\{[^}]*\}", "*", n)
     found = [f.name for n, kind in names for f in Path(folder).glob(some(n) + kinds.get(kind, kind))]
-    first = min(found, key=len, default='')                       # `e0-cfg.svg` of this and `e0-cfg-more.svg`
+    first = min(found, key=len, default="")  # `e0-cfg.svg` of this and `e0-cfg-more.svg`
     return first if first and all(n.startswith(Path(first).stem) for n in found) else None
 
 # %% ../../nbs/09_study/05_study.ipynb #06106c7b
 def lean_outputs(
-    cell,    # executed code cell
-    figures, # folder where its figures were saved
-) -> list:   # its outputs
+    cell,  # executed code cell
+    figures,  # folder where its figures were saved
+) -> list:  # its outputs
     "Drop progress, warnings, and whatever is there twice."
-    outputs = [o for o in cell['outputs'] if o.get('name') != 'stderr']
+    outputs = [o for o in cell["outputs"] if o.get("name") != "stderr"]
     for o in outputs:
-        if 'text' in o: o['text'] = re.sub(r'^progress \d+/\d+.*\n?', '', ''.join(o['text']), flags=re.M)
-        d = o.get('data', {})
-        if 'text/html' in d or 'image/png' in d: d.pop('text/plain', None)             # the same again
-        if 'image/png' not in d: continue
-        name, png = figure_of(''.join(cell['source']), figures), d.pop('image/png')
-        if name: d['text/markdown'] = f'![Figure {Path(name).stem}](../../figures/{name})'
-        else: d['image/png'] = lighter(''.join(png))
-    return [o for o in outputs if o.get('text') != '']
+        if "text" in o:
+            o["text"] = re.sub(r"^progress \d+/\d+.*\n?", "", "".join(o["text"]), flags=re.M)
+        d = o.get("data", {})
+        if "text/html" in d or "image/png" in d:
+            d.pop("text/plain", None)  # the same again
+        if "image/png" not in d:
+            continue
+        name, png = figure_of("".join(cell["source"]), figures), d.pop("image/png")
+        if name:
+            d["text/markdown"] = f"![Figure {Path(name).stem}](../../figures/{name})"
+        else:
+            d["image/png"] = lighter("".join(png))
+    return [o for o in outputs if o.get("text") != ""]
 
 # %% ../../nbs/09_study/05_study.ipynb #e739f426
 def show_notebook(
-    source, # executed notebook
-    target, # where the page goes
-    arm='', # added to the heading, so that pages of several arms can be told apart
+    source,  # executed notebook
+    target,  # where the page goes
+    recipe="",  # added to the heading, so that pages of several recipes can be told apart
 ):
     "Copy an executed notebook to where the site finds it."
     nb = read_json(source)
-    nb['metadata'].pop('papermill', None)
-    for cell in nb['cells']:
-        cell['metadata'] = {k: v for k, v in cell['metadata'].items() if k == 'tags'}
-        text = ''.join(cell['source'])
-        if 'outputs' in cell:
-            cell |= dict(execution_count=None, outputs=lean_outputs(cell, Path(source).parent/'figures'))
-        if arm and cell is nb['cells'][0]:
-            text = re.sub(r'^# (.*)$', rf'# \1 ({arm})', text, count=1, flags=re.M)
-        cell['source'] = text.replace('](../', '](../../../nbs/') if cell['cell_type'] == 'markdown' else text
+    nb["metadata"].pop("papermill", None)
+    for cell in nb["cells"]:
+        cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
+        text = "".join(cell["source"])
+        if "outputs" in cell:
+            cell |= dict(execution_count=None, outputs=lean_outputs(cell, Path(source).parent / "figures"))
+        if recipe and cell is nb["cells"][0]:
+            text = re.sub(r"^# (.*)$", rf"# \1 ({recipe})", text, count=1, flags=re.M)
+        cell["source"] = text.replace("](../", "](../../../nbs/") if cell["cell_type"] == "markdown" else text
     write_json(target, nb)
 
 # %% ../../nbs/09_study/05_study.ipynb #5b06ec18
 def reading_runs(
-    profile, # from `read_profile`
-    results, # folder of results
-) -> list:   # of Run
+    profile,  # from `read_profile`
+    results,  # folder of results
+) -> list:  # of Run
     "List the runs that read results, and the searches."
     results = Path(results)
-    names = f'{profile["experiment"]}.parquet', 'runs.parquet', 'history.parquet', 'plans.parquet'
-    marks = {n: hash_files(results/n)[:16] for n in names if (results/n).exists()}
+    names = f"{profile['experiment']}.parquet", "runs.parquet", "history.parquet", "plans.parquet"
+    marks = {n: hash_files(results / n)[:16] for n in names if (results / n).exists()}
     where = str(results.relative_to(root()) if results.is_relative_to(root()) else results)
+
     def run(notebook, **more):
-        known = declared(root()/notebook)
-        given = {k: v for k, v in dict(results=where, profile=profile['name']).items() if k in known} | more
-        given = complete_parameters(root()/notebook, given, Path(notebook).name)
-        inputs = marks if 'results' in known else inputs_of(given)
-        inputs = inputs | dict(notebook=hash_files(root()/notebook)[:16])
-        name = more.get('knob', Path(notebook).stem).replace('.', '_')
-        return Run(notebook, profile['experiment'], name, given, inputs)
-    return [run(**r) if isinstance(r, dict) else run(r) for r in profile['read']]
+        known = declared(root() / notebook)
+        given = {k: v for k, v in dict(results=where, profile=profile["name"]).items() if k in known} | more
+        given = complete_parameters(root() / notebook, given, Path(notebook).name)
+        inputs = marks if "results" in known else inputs_of(given)
+        inputs = inputs | dict(notebook=hash_files(root() / notebook)[:16])
+        name = more.get("knob", Path(notebook).stem).replace(".", "_")
+        return Run(notebook, profile["experiment"], name, given, inputs)
+
+    return [run(**r) if isinstance(r, dict) else run(r) for r in profile["read"]]
 
 # %% ../../nbs/09_study/05_study.ipynb #d89ef699
 def publish(
-    profile, # from `read_profile`
-    plan,    # list of Run, with the reading ones
-    runs,    # folder where the folders of runs are
-    out,     # folder with results, figures and runs
+    profile,  # from `read_profile`
+    plan,  # list of Run, with the reading ones
+    runs,  # folder where the folders of runs are
+    out,  # folder with results, figures and runs
 ):
     "Copy figures, values and executed notebooks to where the site finds them."
-    shown, trained = {}, [r.arm for r in plan if r.parameters.get('train_seed', -1) >= 0]
-    lead = trained[0] if trained and not profile['trainings'] and profile['pictures'] is not False else None
+    shown, trained = {}, [r.recipe for r in plan if r.parameters.get("train_seed", -1) >= 0]
+    lead = trained[0] if trained and not profile["trainings"] and profile["pictures"] is not False else None
     for r in plan:
-        if not is_complete(folder := Path(runs)/r.id): continue
-        for kind, target in (('figures', 'figures'), ('values', 'results')):
-            for f in sorted((folder/kind).glob('*')): write_atomic(out/target/f.name, f.read_bytes())
-        name = '-'.join(dict.fromkeys([Path(r.notebook).stem, r.arm]))
-        if r.arm != lead and (r.arm in trained or r.notebook == profile['evaluator']): continue
-        if shown.setdefault(name, r.id) == r.id:                    # of several seeds, the first
-            arm = '' if r.arm == Path(r.notebook).stem else r.arm                    # a reader is no arm
-            show_notebook(folder/'notebook.ipynb', out/'runs'/profile['experiment']/f'{name}.ipynb', arm)
+        if not is_complete(folder := Path(runs) / r.id):
+            continue
+        for kind, target in (("figures", "figures"), ("values", "results")):
+            for f in sorted((folder / kind).glob("*")):
+                write_atomic(out / target / f.name, f.read_bytes())
+        name = "-".join(dict.fromkeys([Path(r.notebook).stem, r.recipe]))
+        if r.recipe != lead and (r.recipe in trained or r.notebook == profile["evaluator"]):
+            continue
+        if shown.setdefault(name, r.id) == r.id:  # of several seeds, the first
+            recipe = "" if r.recipe == Path(r.notebook).stem else r.recipe  # a reader is no recipe
+            show_notebook(
+                folder / "notebook.ipynb", out / "runs" / profile["experiment"] / f"{name}.ipynb", recipe
+            )
 
 # %% ../../nbs/09_study/05_study.ipynb #32f92e0d
 def run_study(
-    profile='study', # name of a profile
-    params=None,     # where profiles are; reports/params if None
-    out=None,        # another folder for results, figures and runs
-    say=print,       # where words go
-    dry=False, force=False, # only say what would be done; execute also what is complete
-    batch=run_batch, # executes a list of runs
-) -> pd.DataFrame:   # outcomes, see `run_batch`
+    profile="study",  # name of a profile
+    params=None,  # where profiles are; reports/params if None
+    out=None,  # another folder for results, figures and runs
+    say=print,  # where words go
+    dry=False,
+    force=False,  # only say what would be done; execute also what is complete
+    batch=run_batch,  # executes a list of runs
+) -> pd.DataFrame:  # outcomes, see `run_batch`
     "Carry out a profile: train, evaluate, gather, read, publish."
     p, how = read_profile(profile, params), (params, out, say, dry, force, batch)
-    if p['parts']: return pd.concat([run_study(part, *how) for part in p['parts']], ignore_index=True)
-    out, plan = Path(out) if out else root()/p['out'], plan_runs(p)
-    runs, results = out/'runs'/'_sweep', out/'results'
-    reading_runs(p, results)                                        # checks their parameters
-    done = known_runs(plan, results, runs) if p['trust'] and not force else set()
-    todo = [r for r in plan if r.id not in done and (force or not is_complete(runs/r.id))]
+    if p["parts"]:
+        return pd.concat([run_study(part, *how) for part in p["parts"]], ignore_index=True)
+    out, plan = Path(out) if out else root() / p["out"], plan_runs(p)
+    runs, results = out / "runs" / "_sweep", out / "results"
+    reading_runs(p, results)  # checks their parameters
+    done = known_runs(plan, results, runs) if p["trust"] and not force else set()
+    todo = [r for r in plan if r.id not in done and (force or not is_complete(runs / r.id))]
     say(announce(p, plan, todo, results))
-    if dry: return pd.DataFrame(map(vars, todo), columns=['id', 'arm', 'label']).assign(status='planned')
-    try: outcomes = [batch(plan, runs, say=say, force=force, done=done)]
-    finally: gather(p, plan, runs, results)
+    if dry:
+        return pd.DataFrame(map(vars, todo), columns=["id", "recipe", "label"]).assign(status="planned")
+    try:
+        outcomes = [batch(plan, runs, say=say, force=force, done=done)]
+    finally:
+        gather(p, plan, runs, results)
     readers = reading_runs(p, results)
     outcomes.append(batch(readers, runs, say=say, force=force))
     publish(p, plan + readers, runs, out)

@@ -20,33 +20,37 @@ from ..stats.intervals import cluster_bootstrap
 def with_parameters(
     rows,  # tidy results with a column run_id
     runs,  # table of runs with columns run_id and parameters (JSON)
-    names, # parameters that are wanted
-) -> pd.DataFrame: # the rows, with a column per parameter
+    names,  # parameters that are wanted
+) -> pd.DataFrame:  # the rows, with a column per parameter
     "Add parameters of their runs to results."
     known = {r.run_id: json.loads(r.parameters) for r in runs.itertuples() if isinstance(r.parameters, str)}
     if missing := set(rows.run_id) - set(known):
-        raise ValueError(f'{len(missing)} runs are not in the table of runs, such as {sorted(missing)[0]!r}')
+        raise ValueError(f"{len(missing)} runs are not in the table of runs, such as {sorted(missing)[0]!r}")
+
     def find(i, name):
-        owner = known.get(known[i].get('adapter'), {}) if name.startswith('adapter.') else known[i]
-        return owner.get(name.removeprefix('adapter.'))
+        owner = known.get(known[i].get("adapter"), {}) if name.startswith("adapter.") else known[i]
+        return owner.get(name.removeprefix("adapter."))
+
     table = {n: {i: find(i, n) for i in set(rows.run_id)} for n in names}
     nothing = [n for n, found in table.items() if all(v is None for v in found.values())]
-    if nothing: raise ValueError(f'no run has a parameter {nothing[0]!r}')
+    if nothing:
+        raise ValueError(f"no run has a parameter {nothing[0]!r}")
     return rows.assign(**{n: rows.run_id.map(found) for n, found in table.items()})
 
 # %% ../../nbs/09_study/06_sweeps.ipynb #2f0a2f8b
 def sweep(
-    rows,   # tidy results with the swept columns
-    metric, # name of the metric
-    by,     # swept column, or a list of columns
+    rows,  # tidy results with the swept columns
+    metric,  # name of the metric
+    by,  # swept column, or a list of columns
     **how,  # passed to `cluster_bootstrap`: level, n_draws, seed
-) -> pd.DataFrame: # one row per position: the columns of `by`, estimate, low, high, concepts, seeds
+) -> pd.DataFrame:  # one row per position: the columns of `by`, estimate, low, high, concepts, seeds
     "Estimate a metric at every position of a knob."
     by, mine = [by] if isinstance(by, str) else list(by), rows[rows.metric == metric]
-    if mine.empty: raise ValueError(f'no results for the metric {metric!r}')
+    if mine.empty:
+        raise ValueError(f"no results for the metric {metric!r}")
     out = []
     for key, part in mine.groupby(by, sort=True, observed=True):
-        d = part.pivot_table(index='concept', columns='train_seed', values='value', aggfunc='mean')
+        d = part.pivot_table(index="concept", columns="train_seed", values="value", aggfunc="mean")
         i = cluster_bootstrap(d, **how)
         found = dict(estimate=i.estimate, low=i.low, high=i.high, concepts=i.n_concepts, seeds=i.n_seeds)
         out.append(dict(zip(by, key)) | found)
@@ -54,79 +58,83 @@ def sweep(
 
 # %% ../../nbs/09_study/06_sweeps.ipynb #c0154e85
 def draw_sweep(
-    line,    # from `sweep`
-    by,      # its column that goes along the axis
-    name='', # decides the colour, and is the label
-    ax=None, # axes, new if None
-    band=.18, # how dark the band is; less where many lie over each other
-): # axes
+    line,  # from `sweep`
+    by,  # its column that goes along the axis
+    name="",  # decides the colour, and is the label
+    ax=None,  # axes, new if None
+    band=0.18,  # how dark the band is; less where many lie over each other
+):  # axes
     "Draw a sweep as a line with a band."
     ax = axes(ax)
-    ax.plot(line[by], line.estimate, 'o-', ms=3, color=colour(name), label=name)
+    ax.plot(line[by], line.estimate, "o-", ms=3, color=colour(name), label=name)
     ax.fill_between(line[by], line.low, line.high, color=colour(name), alpha=band, lw=0)
-    ax.set_xlabel(by.replace('_', ' '))
+    ax.set_xlabel(by.replace("_", " "))
     return ax
 
 # %% ../../nbs/09_study/06_sweeps.ipynb #4e26b470
 def sheet_of(
-    results, # folder of results; that of the runs lies beside it
+    results,  # folder of results; that of the runs lies beside it
     run_id,  # whose picture
-    kind='sheet', # 'sheet' of an evaluation, or 'progress' of a training
-):           # (picture, description), or None if this run has none here
+    kind="sheet",  # 'sheet' of an evaluation, or 'progress' of a training
+):  # (picture, description), or None if this run has none here
     "Find a stored picture."
-    stored = Path(results)/'pictures'/f'{run_id}-{kind}'
-    run = Path(results).parent/'runs'/'_sweep'/run_id/kind
-    pairs = [(f.with_suffix(s), f.with_suffix('.json')) for f, s in ((stored, '.webp'), (run, '.png'))]
+    stored = Path(results) / "pictures" / f"{run_id}-{kind}"
+    run = Path(results).parent / "runs" / "_sweep" / run_id / kind
+    pairs = [(f.with_suffix(s), f.with_suffix(".json")) for f, s in ((stored, ".webp"), (run, ".png"))]
     return next((p for p in pairs if p[0].exists() and p[1].exists()), None)
 
 # %% ../../nbs/09_study/06_sweeps.ipynb #7a77098e
 def tiles(
-    results, # folder of results, with `pictures`
+    results,  # folder of results, with `pictures`
     run_id,  # whose picture
-    row,     # name of a row, such as 'truth' or an arm
-    kind='sheet', # 'sheet' of an evaluation, or 'progress' of a training
-) -> tuple: # tiles, bytes (h,w,3) each, and their concepts
+    row,  # name of a row, such as 'truth' or a recipe
+    kind="sheet",  # 'sheet' of an evaluation, or 'progress' of a training
+) -> tuple:  # tiles, bytes (h,w,3) each, and their concepts
     "Cut one row of tiles out of a stored picture."
     if not (pair := sheet_of(results, run_id, kind)):
-        raise FileNotFoundError(f'{run_id}: this run left no {kind}, or another machine has it')
+        raise FileNotFoundError(f"{run_id}: this run left no {kind}, or another machine has it")
     info = read_json(pair[1])
-    if row not in info['rows']: raise ValueError(f'{run_id} has the rows {info["rows"]}, not {row!r}')
-    page, s = np.asarray(Image.open(pair[0]).convert('RGB')), info['size']
-    y = info['rows'].index(row)*s
-    return list(page[y:y + s].reshape(s, -1, s, 3).swapaxes(0, 1)), info['concepts']
+    if row not in info["rows"]:
+        raise ValueError(f"{run_id} has the rows {info['rows']}, not {row!r}")
+    page, s = np.asarray(Image.open(pair[0]).convert("RGB")), info["size"]
+    y = info["rows"].index(row) * s
+    return list(page[y : y + s].reshape(s, -1, s, 3).swapaxes(0, 1)), info["concepts"]
 
 # %% ../../nbs/09_study/06_sweeps.ipynb #a211af87
 def strip(
-    results, # folder of results, with `pictures`
-    runs,    # label -> (run_id, row)
-    n=7,     # concepts
-    truth=True, # True puts the true drawings below
-) -> tuple: # rows of tiles, labels of the rows, concepts
+    results,  # folder of results, with `pictures`
+    runs,  # label -> (run_id, row)
+    n=7,  # concepts
+    truth=True,  # True puts the true drawings below
+) -> tuple:  # rows of tiles, labels of the rows, concepts
     "Stack the same concepts of many runs."
     rows = {label: tiles(results, *where) for label, where in runs.items()}
     concepts = next(iter(rows.values()))[1][:n]
     shown = [[dict(zip(c, t))[name] for name in concepts] for t, c in rows.values()]
-    if truth: shown.append(tiles(results, next(iter(runs.values()))[0], 'truth')[0][:n])
-    return shown, [*rows, *(['truth'] if truth else [])], concepts
+    if truth:
+        shown.append(tiles(results, next(iter(runs.values()))[0], "truth")[0][:n])
+    return shown, [*rows, *(["truth"] if truth else [])], concepts
 
 # %% ../../nbs/09_study/06_sweeps.ipynb #ed7dcde4
 def short_title(
-    name, # name of a concept
+    name,  # name of a concept
     n=9,  # letters in a line; a longer word stays whole
-) -> str: # one or two lines
+) -> str:  # one or two lines
     "Make a title for a narrow column."
-    return '\n'.join(textwrap.wrap(name, n, break_long_words=False, max_lines=2, placeholder='…'))
+    return "\n".join(textwrap.wrap(name, n, break_long_words=False, max_lines=2, placeholder="…"))
 
 # %% ../../nbs/09_study/06_sweeps.ipynb #690606e3
 def show_strip(
-    results, # folder of results
-    runs,    # label -> (run_id, row)
-    path,    # file of the figure
-    **how,   # passed to `strip`
+    results,  # folder of results
+    runs,  # label -> (run_id, row)
+    path,  # file of the figure
+    **how,  # passed to `strip`
 ):
     "Show and save a strip of those runs whose pictures are here."
     runs = {label: where for label, where in runs.items() if sheet_of(results, where[0])}
-    if not runs: return print(f'{Path(path).stem}: the pictures of these runs are not on this machine')
+    if not runs:
+        return print(f"{Path(path).stem}: the pictures of these runs are not on this machine")
     shown, names, concepts = strip(results, runs, **how)
-    image_grid(shown, rows=names, cols=[short_title(c) for c in concepts], height=.75)
-    save_figure(plt.gcf(), path, 'images', limit=50_000); plt.show()
+    image_grid(shown, rows=names, cols=[short_title(c) for c in concepts], height=0.75)
+    save_figure(plt.gcf(), path, "images", limit=50_000)
+    plt.show()

@@ -18,139 +18,201 @@ from ..adapters.files import save_lora
 from ..adapters.lora import lora_layers
 from ..noise.objective import Objective
 from .checkpoint import add_up, any_of
-from .checkpoint import (Run, check_same, describe, history, pack_run, read_checkpoint, restore, settle,
-                             start)
-from .step import (TrainConfig, arithmetic, check_training, draw_step, evaluate, lr_at,
-                                  repeatable, step_loss)
+from stylelora.train.checkpoint import (
+    Run,
+    check_same,
+    describe,
+    history,
+    pack_run,
+    read_checkpoint,
+    restore,
+    flush,
+    start,
+)
+from stylelora.train.step import (
+    TrainConfig,
+    arithmetic,
+    check_training,
+    draw_step,
+    evaluate,
+    lr_at,
+    repeatable,
+    step_loss,
+)
 
 # %% ../../nbs/05_train/03_loop.ipynb #c1fa2e00
 def advance(
-    run:Run,   # changed in place
-    latents,   # clean latents (n,c,h,w), on the base's device
+    run: Run,  # changed in place
+    latents,  # clean latents (n,c,h,w), on the base's device
     contexts,  # text embeddings (n,L,d), on the base's device
-    empty,     # embedding of the empty caption (1,L,d), on the base's device
-    objective, # Objective of the arm
-) -> dict:     # step, loss, lr, grad_norm
+    empty,  # embedding of the empty caption (1,L,d), on the base's device
+    objective,  # Objective of the recipe
+) -> dict:  # step, loss, lr, grad_norm
     "Do one optimizer step."
     config, device = run.config, latents.device
     d = draw_step(run.step, len(latents), latents.shape[1:], objective.probs, config)
     x0, ctx, eps = latents[d.index.to(device)], contexts[d.index.to(device)], d.eps.to(device)
     ctx = torch.where(d.drop.to(device)[:, None, None], same_sizes(run.base, empty, ctx), ctx)
-    if config.lora_dropout: torch.manual_seed(seed_of('dropout', config.seed, run.step))
-    run.optimizer.zero_grad(); total = 0.
-    for group in run.optimizer.param_groups: group['lr'] = lr_at(run.step, config)
-    for i in run.processes.mine(config.batch_size).chunk(config.accumulate):
-        with arithmetic(device, config.precision):
-            loss = step_loss(run.base, x0[i], ctx[i], eps[i], d.t[i], objective).sum()/config.batch_size
-        run.scaler.scale(loss).backward(); total = total + loss.detach()
+    if config.lora_dropout:
+        torch.manual_seed(seed_of("dropout", config.seed, run.step))
+    run.optimizer.zero_grad()
+    total = 0.0
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr_at(run.step, config)
+    for i in run.processes.mine(config.batch_size).chunk(config.gradient_accumulation_steps):
+        with arithmetic(device, config.mixed_precision):
+            loss = step_loss(run.base, x0[i], ctx[i], eps[i], d.t[i], objective).sum() / config.batch_size
+        run.scaler.scale(loss).backward()
+        total = total + loss.detach()
     total = add_up(run.processes, run.params.values(), total)
     run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.params.values(), config.grad_clip or math.inf).detach()
-    run.scaler.step(run.optimizer); run.scaler.update(); run.average.update(run.step)
+    norm = torch.nn.utils.clip_grad_norm_(run.params.values(), config.max_grad_norm or math.inf).detach()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.average.update(run.step)
     run.step += 1
-    return dict(step=run.step, loss=total, lr=group['lr'], grad_norm=norm)
+    return dict(step=run.step, loss=total, lr=group["lr"], grad_norm=norm)
 
 # %% ../../nbs/05_train/03_loop.ipynb #c522966d
 @contextmanager
 def stoppable():
     "Collect the first Ctrl-C in a list instead of raising it; the second one is raised."
     asked = []
-    if threading.current_thread() is not threading.main_thread(): yield asked; return
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
     before = signal.getsignal(signal.SIGINT)
+
     def note(number, frame):
-        if asked: raise KeyboardInterrupt
+        if asked:
+            raise KeyboardInterrupt
         asked.append(number)
+
     signal.signal(signal.SIGINT, note)
-    try: yield asked
-    finally: signal.signal(signal.SIGINT, before)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 # %% ../../nbs/05_train/03_loop.ipynb #ae854493
-def after_step(run, train, val, on_step, on_sample, write): # as in `train`; write() saves, or None
+def after_step(run, train, val, on_step, on_sample, write):  # as in `train`; write() saves, or None
     "Measure, report, sample and save, each when it is due."
-    def due(every): return bool(every) and (run.step % every == 0 or run.step == config.steps)
+
+    def due(every):
+        return bool(every) and (run.step % every == 0 or run.step == config.train_steps)
+
     config, row = run.config, run.rows[-1]
     if due(config.val_every):
-        with run.average.swapped(), arithmetic(run.base.device, config.precision):
+        with run.average.swapped(), arithmetic(run.base.device, config.mixed_precision):
             row |= evaluate(run.base, train, val, config.val_images)
-    if on_step: settle(run); on_step(row)
+    if on_step:
+        flush(run)
+        on_step(row)
     if on_sample and due(config.sample_every):
-        with run.average.swapped(): on_sample(run.step, run.base)
-    if write and due(config.save_every): write()
+        with run.average.swapped():
+            on_sample(run.step, run.base)
+    if write and due(config.save_every):
+        write()
 
 # %% ../../nbs/05_train/03_loop.ipynb #cd68f32e
-def report(run, bar): # a training, and its tqdm progress bar
+def report(run, bar):  # a training, and its tqdm progress bar
     "Show the mean loss and the speed of the last twenty steps."
-    settle(run); last = run.rows[-20:]
-    loss, speed = sum(r['loss'] for r in last)/len(last), last[-1]['images_per_s']
-    bar.set_postfix_str(f'loss {loss:.4f}, {speed:.1f} images/s', refresh=False)
+    flush(run)
+    last = run.rows[-20:]
+    loss, speed = sum(r["loss"] for r in last) / len(last), last[-1]["images_per_s"]
+    bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
 
-def loop(run, pair, objective, val, on_step, on_sample, write, progress): # as in `train`; write() or None
+
+def loop(run, pair, objective, val, on_step, on_sample, write, progress):  # as in `train`; write() or None
     "Do the steps that are left."
-    config, empty = run.config, encode_text(run.base, '').to(pair[1].dtype)
-    with stoppable() as asked, repeatable(), tqdm(total=config.steps, initial=run.step, disable=not progress,
-                                                  unit='step', desc='training', mininterval=1.) as bar:
-        while run.step < config.steps:
+    config, empty = run.config, encode_text(run.base, "").to(pair[1].dtype)
+    with (
+        stoppable() as asked,
+        repeatable(),
+        tqdm(
+            total=config.train_steps,
+            initial=run.step,
+            disable=not progress,
+            unit="step",
+            desc="training",
+            mininterval=1.0,
+        ) as bar,
+    ):
+        while run.step < config.train_steps:
             began = time.perf_counter()
             run.rows.append(advance(run, *pair, empty, objective))
             run.seconds += time.perf_counter() - began
             after_step(run, pair, val, on_step, on_sample, write)
-            if run.step % 20 == 0: report(run, bar)
+            if run.step % 20 == 0:
+                report(run, bar)
             bar.update()
             if any_of(run.processes, asked, run.base.device):
-                if write: write()
-                raise KeyboardInterrupt(f'stopped after step {run.step} of {config.steps}; ' + (
-                    'the same call goes on here' if write else 'no folder was given, so nothing is kept'))
+                if write:
+                    write()
+                raise KeyboardInterrupt(
+                    f"stopped after step {run.step} of {config.train_steps}; "
+                    + ("the same call goes on here" if write else "no folder was given, so nothing is kept")
+                )
 
 # %% ../../nbs/05_train/03_loop.ipynb #8a54f3c8
-CHECKPOINT = 'checkpoint.safetensors' # name of the checkpoint in the folder of a training
+CHECKPOINT = "checkpoint.safetensors"  # name of the checkpoint in the folder of a training
+
 
 def plain_objective(
-    base, # Base
-) -> Objective: # uniform timesteps, no weights, on the base's own schedule
+    base,  # Base
+) -> Objective:  # uniform timesteps, no weights, on the base's own schedule
     "Make the objective that the base itself was trained with."
     return Objective(base.schedule, prediction=base.prediction_type, base_schedule=base.schedule)
 
-def begin(run, file, identity, pair, val, on_sample): # as in `train`; file is the checkpoint or None
+
+def begin(run, file, identity, pair, val, on_sample):  # as in `train`; file is the checkpoint or None
     "Pick up the checkpoint if there is one, else measure and show the base itself."
     if file and file.exists():
         tensors, facts = read_checkpoint(file)
-        check_same(facts['identity'], identity, file)
+        check_same(facts["identity"], identity, file)
         return restore(run, tensors, facts)
     if run.config.val_every:
-        with arithmetic(run.base.device, run.config.precision):
+        with arithmetic(run.base.device, run.config.mixed_precision):
             run.rows.append(dict(step=0) | evaluate(run.base, pair, val, run.config.val_images))
-    if on_sample and run.config.sample_every: on_sample(0, run.base)
+    if on_sample and run.config.sample_every:
+        on_sample(0, run.base)
 
-def finish(run, file, identity): # file is the checkpoint or None
+
+def finish(run, file, identity):  # file is the checkpoint or None
     "Turn the average into the adapter, and write it beside the checkpoint."
-    for p, v in zip(run.params.values(), run.average.values): p.data.copy_(v)
-    for m in lora_layers(run.base.unet).values(): m.eval()
+    for p, v in zip(run.params.values(), run.average.values):
+        p.data.copy_(v)
+    for m in lora_layers(run.base.unet).values():
+        m.eval()
     run.base.unet.disable_gradient_checkpointing()
-    if file: save_lora(run.base.unet, file.parent, identity)
+    if file:
+        save_lora(run.base.unet, file.parent, identity)
 
 # %% ../../nbs/05_train/03_loop.ipynb #17ca64aa
 def train(
-    base:Base,  # frozen base; its U-Net carries the adapter afterwards
-    latents,    # clean latents (n,c,h,w), see data.LatentCache
-    contexts,   # their text embeddings (n,L,d)
-    objective=None, # Objective of the arm; None: plain noise prediction on the base's own schedule
-    config=TrainConfig(), # parameters
-    val=None,   # held-out pair of latents and text embeddings
-    on_step=None,   # called with each row of the history, a dict
-    on_sample=None, # called with (step, base) before the first step and every sample_every steps
-    folder=None,    # where checkpoint and adapter go; None keeps nothing
+    base: Base,  # frozen base; its U-Net carries the adapter afterwards
+    latents,  # clean latents (n,c,h,w), see data.LatentCache
+    contexts,  # their text embeddings (n,L,d)
+    objective=None,  # Objective of the recipe; None: plain noise prediction on the base's own schedule
+    config=TrainConfig(),  # parameters
+    val=None,  # held-out pair of latents and text embeddings
+    on_step=None,  # called with each row of the history, a dict
+    on_sample=None,  # called with (step, base) before the first step and every sample_every steps
+    folder=None,  # where checkpoint and adapter go; None keeps nothing
     progress=True,  # show a progress bar
 ) -> pd.DataFrame:  # a row per step, see `history`
     "Train an adapter; killed at any moment, the same call goes on to the same bytes."
     objective = objective or plain_objective(base)
     check_training(base, latents, contexts, objective, config, val)
     run, identity = start(base, config), describe(base, latents, contexts, objective, config, val)
-    file, main = folder and Path(folder).expanduser()/CHECKPOINT, run.processes.main
-    if not main: on_step, on_sample, progress = None, None, False       # one process speaks and writes
+    file, main = folder and Path(folder).expanduser() / CHECKPOINT, run.processes.main
+    if not main:
+        on_step, on_sample, progress = None, None, False  # one process speaks and writes
     pair = [x.to(base.device) for x in (latents, contexts)]
     write = (lambda: write_atomic(file, pack_run(run, identity))) if file and main else None
     begin(run, file, identity, pair, val, on_sample)
-    with torch.random.fork_rng(): loop(run, pair, objective, val, on_step, on_sample, write, progress)
+    with torch.random.fork_rng():
+        loop(run, pair, objective, val, on_step, on_sample, write, progress)
     finish(run, main and file, identity)
-    any_of(run.processes, False, base.device)                           # the others wait for the file
+    any_of(run.processes, False, base.device)  # the others wait for the file
     return history(run)
