@@ -121,9 +121,7 @@ def rule_cells(path, raw, cells):
     if len(cells) > MAX_CELLS:
         yield f"{len(cells)} cells, at most {MAX_CELLS}"
     for c in cells:
-        limit = (
-            MAX_EXPORT_LINES if c.export else MAX_PARAMETERS if "parameters" in c.tags else MAX_OTHER_LINES
-        )
+        limit = MAX_PARAMETERS if "parameters" in c.tags else MAX_CELL_LINES
         if c.is_code and len(c.code) > limit:
             yield f"{c}: {len(c.code)} lines, at most {limit}"
         if c.hide and len(c.code) > MAX_HIDDEN_LINES:
