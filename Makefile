@@ -19,7 +19,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export MPLBACKEND ?= agg
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install study smoke report pretrain test test-notebooks test-python browser export nbs clean
+.PHONY: help install study smoke report pretrain test lint format test-notebooks test-python browser export nbs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,13 +28,14 @@ help:
 	@echo "make smoke     the study at toy scale: does everything run? (a few minutes)"
 	@echo "make report    build the site from the results that are there, into _site/"
 	@echo "make pretrain  make the embedded base model again from the artwork (hours on a CPU; resumes)"
+	@echo "make format    one format for notebooks, tests and tools (ruff)"
 	@echo "make export    notebooks in nbs/ to the package stylelora/"
 	@echo "make nbs       run the library notebooks in place and store their outputs"
 	@echo "make clean     remove what was built; keeps $(VENV), results and adapters"
 
 # ---- the environment, once -------------------------------------------------------------------------------------
 
-$(READY): settings.ini setup.py
+$(READY): settings.ini setup.py constraints.txt
 	@$(STEP) "make $(VENV) and install stylelora with its dependencies (once; some GB on the first time)" \
 	  bash tools/install.sh "$(PYTHON)" "$(VENV)"
 	@touch $@
@@ -61,10 +62,14 @@ pretrain: $(READY)
 
 test test-notebooks test-python: export HF_HUB_OFFLINE := 1
 test test-notebooks test-python: export OMP_NUM_THREADS := 1
-test: $(READY) browser
+test: $(READY) browser lint
 	@$(STEP) "test: is stylelora/ what the notebooks export?" $(BIN)/python -m pytest -q tests/test_sync.py
 	@$(MAKE) --no-print-directory test-notebooks
 	@$(MAKE) --no-print-directory test-python
+
+lint: $(READY)
+	@$(STEP) "test: lint and format" $(BIN)/ruff check -q
+	@$(STEP) "test: one format" $(BIN)/ruff format -q --check
 
 # The library notebooks test themselves here. The experiment, pretraining and demo notebooks have parameters and take
 # longer: pytest runs those through papermill at toy scale, so that each is executed once and not twice.
@@ -85,6 +90,10 @@ browser:
 	  else echo "no Chromium here and no right to install it: the browser test will skip"; fi; }
 
 # ---- working on it ---------------------------------------------------------------------------------------------
+
+format: $(READY)
+	@$(STEP) "format: notebooks, tests, tools" $(BIN)/ruff format -q
+	@$(STEP) "lint" $(BIN)/ruff check -q --fix
 
 export: $(READY)
 	@$(STEP) "export: notebooks to stylelora/" nbdev_export

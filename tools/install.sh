@@ -11,4 +11,6 @@ free=$(df -Pk . | awk 'NR==2 {print int($4/1048576)}')
 "$venv/bin/python" -c "" 2>/dev/null || "$python" -m venv --clear "$venv"
 echo "$("$venv/bin/python" --version) in $venv; installing quietly, which takes a few minutes"
 # modules are compiled when they are first imported: that halves the wait, and most are never imported
-"$venv/bin/python" -m pip install -qq --no-compile -e ".[dev]"
+install() { "$venv/bin/python" -m pip install -qq --no-compile "$@" -e ".[dev]"; }
+# first the versions that were tested; where they do not exist for this Python, whatever the ranges allow
+install -c constraints.txt || { echo "the tested versions do not fit this Python; installing within the ranges of settings.ini"; install; }
