@@ -139,7 +139,39 @@ def test_modules_and_command_travel_in_the_wheel(wheel):
             and n.split("/")[-1] in ("METADATA", "entry_points.txt")
         }
     assert "stylelora = stylelora.apps.cli:main" in info["entry_points.txt"]
-    assert "Requires-Dist: diffusers==" in info["METADATA"] and "Provides-Extra: dev" in info["METADATA"]
+    extras = set(re.findall(r"^Provides-Extra: (\w+)$", info["METADATA"], re.M))
+    assert extras == {"study", "dev"} and "stylelora/py.typed" in names
+
+
+def test_the_core_is_asked_for_in_ranges_and_stays_small():
+    core = settings()["requirements"].split()
+    assert [
+        r for r in core if "==" in r
+    ] == []  # an exact version keeps the package out of other environments
+    names = {re.split(r"[<>=!]", r)[0] for r in core}
+    assert not names & {
+        "papermill",
+        "jupyter",
+        "statsmodels",
+        "scipy",
+        "matplotlib",
+        "ipywidgets",
+        "lpips",
+        "smalldocs",
+    }
+
+
+def test_every_requirement_has_a_tested_version():
+    locked = {
+        re.split("==", line)[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    asked = [
+        r for k in ("requirements", "study_requirements", "dev_requirements") for r in settings()[k].split()
+    ]
+    names = {re.split(r"[<>=!]", r)[0].lower().replace("_", "-") for r in asked} - {"setuptools"}
+    assert names <= locked, names - locked
 
 
 def test_drawings_under_share_alike_have_their_licence_beside_them():
@@ -159,11 +191,18 @@ def test_every_style_is_attributed():
         assert f"| `{name}` |" in text and v["url"] in text and v["author"].split()[0] in text, name
 
 
-def test_settings_hold_what_setup_needs():
+def settings():
     config = configparser.ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
-    cfg = config["DEFAULT"]
-    assert cfg["update_pyproject"] == "False" and not (ROOT / "pyproject.toml").exists()
+    return config["DEFAULT"]
+
+
+def test_settings_hold_what_setup_needs():
+    cfg = settings()
+    assert not [k for k, v in cfg.items() if "example." in v], "a placeholder address"
+    assert (
+        cfg["update_pyproject"] == "False" and not (ROOT / "pyproject.toml").exists()
+    )  # nbdev 2 reads settings.ini
     assert cfg["allowed_cell_metadata_keys"] == "tags"
     assert tuple(map(int, cfg["min_python"].split("."))) >= (
         3,
@@ -179,3 +218,26 @@ def test_make_and_ci_agree():
         ["make", "-n", "-o", ".venv/.installed", "study"], cwd=ROOT, capture_output=True, text=True
     )
     assert made.returncode == 0 and "stylelora study --profile study" in made.stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "ruff.toml", ".pre-commit-config.yaml"]
+)
+def test_a_newcomer_finds_what_projects_have(name):
+    assert (ROOT / name).stat().st_size > 200
+
+
+def test_yaml_files_for_other_programs_are_yaml():
+    import yaml
+
+    for name in ("CITATION.cff", ".pre-commit-config.yaml", ".github/workflows/test.yml"):
+        assert isinstance(yaml.safe_load((ROOT / name).read_text(encoding="utf-8")), dict), name
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == settings()["version"]
+
+
+def test_the_list_of_rooms_is_that_of_the_notebooks():
+    done = subprocess.run(
+        [sys.executable, "tools/rooms.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -26,7 +26,9 @@ def head_of(notebook):
 def rooms():
     "Write one table row a section, in the order of reading."
     rows = ["| room | notebook | what it is for |", "| --- | --- | --- |"]
-    for notebook in sorted((ROOT / "nbs").glob("[0-9]*/*.ipynb")) + sorted((ROOT / "nbs" / "pretrain").glob("*.ipynb")):
+    for notebook in sorted((ROOT / "nbs").glob("[0-9]*/*.ipynb")) + sorted(
+        (ROOT / "nbs" / "pretrain").glob("*.ipynb")
+    ):
         chapter, section = notebook.parent.name.split("_", 1)[-1], notebook.stem[3:]
         module = f"stylelora.{section}" if chapter == "tools" else f"stylelora.{chapter}.{section}"
         title, said = head_of(notebook)
@@ -43,5 +45,9 @@ def page():
 if __name__ == "__main__":
     fresh = page()
     if "--check" in sys.argv:
-        sys.exit("" if fresh == PAGE.read_text(encoding="utf-8") else "CONTRIBUTING.md is stale: python tools/rooms.py")
+        sys.exit(
+            ""
+            if fresh == PAGE.read_text(encoding="utf-8")
+            else "CONTRIBUTING.md is stale: python tools/rooms.py"
+        )
     PAGE.write_text(fresh, encoding="utf-8")
