@@ -249,3 +249,10 @@ def test_the_site_lists_the_chapters_in_the_order_of_their_numbers():
         r"^\s+- nbs/(\d\d_\w+)/\*\.ipynb$", (ROOT / "_quarto.yml").read_text(encoding="utf-8"), re.M
     )
     assert said == sorted({p.parent.name for p in LIBRARY})
+
+
+def test_the_readme_lists_the_chapters_in_the_same_order():
+    row = next(
+        line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "00_tools" in line
+    )
+    assert re.findall(r"`(\d\d_\w+)`", row) == sorted({p.parent.name for p in LIBRARY})

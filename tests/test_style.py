@@ -283,7 +283,8 @@ def _undocumented(node, comments, method=False):
     elif not method:
         a = node.args
         for arg in [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])]:
-            if arg.lineno not in comments:
+            told = arg.annotation and "help=" in ast.unparse(arg.annotation)  # an option of a command
+            if arg.lineno not in comments and not told:
                 yield f"{node.name}: say in a comment what {arg.arg} is"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 
+WIDGET = "application/vnd.jupyter.widget-view+json"  # needs a kernel; a page would say "Loading widget…"
 KERNEL = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 
 
@@ -60,6 +61,7 @@ def run(path, timeout=1800):
         c.metadata.pop("execution", None)
         if c.cell_type == "code":
             c.execution_count = None
+            c.outputs = [o for o in c.outputs if WIDGET not in o.get("data", {})]
         for o in c.get("outputs", []):
             if "execution_count" in o:
                 o["execution_count"] = None

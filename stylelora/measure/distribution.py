@@ -6,15 +6,16 @@
 __all__ = ['as_features', 'make_kernel', 'mmd2', 'mmd_test', 'real_floor', 'frechet', 'sample_warning', 'bias_curve',
            'distribution_table', 'vendi', 'diversity']
 
-# %% ../../nbs/08_measure/08_distribution.ipynb #c29abfe6
+# %% ../../nbs/08_measure/08_distribution.ipynb #b8138b3f
+from collections.abc import Callable
 import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist, pdist
 
-# %% ../../nbs/08_measure/08_distribution.ipynb #4b99b6a5
+# %% ../../nbs/08_measure/08_distribution.ipynb #0593adc2
 def as_features(
-    x,  # features (n,d), array or tensor
-    at_least=2,  # rows that are needed
+    x: np.ndarray,  # features (n,d), array or tensor
+    at_least: int = 2,  # rows that are needed
 ) -> np.ndarray:  # the same in float64
     "Check that features are a finite table with enough rows."
     x = np.asarray(x, np.float64)
@@ -22,12 +23,12 @@ def as_features(
         return x
     raise ValueError(f"features {x.shape}: want a finite (n,d) table with at least {at_least} rows")
 
-# %% ../../nbs/08_measure/08_distribution.ipynb #ab55c37c
+# %% ../../nbs/08_measure/08_distribution.ipynb #3f734f54
 def make_kernel(
-    name="rbf",  # 'rbf' or 'polynomial'
-    reference=None,  # real features (n,d), which fix the bandwidth of 'rbf'
-    bandwidth=None,  # the bandwidth itself, in units of the features; None takes the median distance
-):  # function from features (n,d) and (m,d) to similarities (n,m)
+    name: str = "rbf",  # 'rbf' or 'polynomial'
+    reference: np.ndarray | None = None,  # real features (n,d), which fix the bandwidth of 'rbf'
+    bandwidth: float | None = None,  # in units of the features; None: the median distance
+) -> Callable:  # function from features (n,d) and (m,d) to similarities (n,m)
     """Make a kernel that stays the same for all comparisons.
     Gretton et al. 2012, section 8 (median); Binkowski et al. 2018, section 4 (KID)."""
     if name == "polynomial":
@@ -42,12 +43,12 @@ def make_kernel(
         raise ValueError(f"bandwidth={bandwidth}: the reference does not vary")
     return lambda x, y: np.exp(-cdist(x, y, "sqeuclidean") / (2 * bandwidth**2))
 
-# %% ../../nbs/08_measure/08_distribution.ipynb #618999a6
+# %% ../../nbs/08_measure/08_distribution.ipynb #481b77e2
 def _labelled(
-    K,  # similarities of all pictures (n+m,n+m), first the n, then the m; pairs are i and n+i
-    w,  # labels (p,n+m), 1 for the first cloud, 0 for the second
-    paired,  # does each cloud have one of every pair?
-):  # squared MMD for each labelling (p,)
+    K: np.ndarray,  # similarities of all pictures (n+m,n+m), first the n, then the m; pairs are i and n+i
+    w: np.ndarray,  # labels (p,n+m), 1 for the first cloud, 0 for the second
+    paired: bool,  # does each cloud have one of every pair?
+) -> np.ndarray:  # squared MMD for each labelling (p,)
     "Compute the unbiased squared MMD for many labellings."
     n, own, w = int(np.sum(w[0])), np.diag(K), np.asarray(w, float)
     m, rest = len(K) - n, 1 - w
@@ -57,12 +58,12 @@ def _labelled(
         return within - 2 * (wK * rest).sum(1) / (n * m)
     return within - 2 * ((wK * rest).sum(1) - np.trace(K[:n, n:])) / (n * (n - 1))
 
-
+# %% ../../nbs/08_measure/08_distribution.ipynb #17b2f6b8
 def mmd2(
-    x,  # features (n,d)
-    y,  # features (m,d)
-    kernel,  # from `make_kernel`
-    paired=False,  # do rows i of both show the same concept?
+    x: np.ndarray,  # features (n,d)
+    y: np.ndarray,  # features (m,d)
+    kernel: Callable,  # from `make_kernel`
+    paired: bool = False,  # do rows i of both show the same concept?
 ) -> float:  # squared MMD; around zero for equal distributions, so it may be negative
     """Estimate the squared maximum mean discrepancy without bias.
     Gretton et al. 2012, eqs. 3 and 4."""
@@ -72,14 +73,14 @@ def mmd2(
     z = np.vstack([x, y])
     return float(_labelled(kernel(z, z), np.repeat([[1, 0]], [len(x), len(y)], 1), paired)[0])
 
-# %% ../../nbs/08_measure/08_distribution.ipynb #53cb6c52
+# %% ../../nbs/08_measure/08_distribution.ipynb #f09bfdc6
 def mmd_test(
-    x,  # features (n,d), one row per concept
-    y,  # real features (m,d)
-    kernel,  # from `make_kernel`
-    paired=False,  # do rows i of both show the same concept?
-    n_draws=1000,  # permutations
-    seed=0,  # seed of the permutations
+    x: np.ndarray,  # features (n,d), one row per concept
+    y: np.ndarray,  # real features (m,d)
+    kernel: Callable,  # from `make_kernel`
+    paired: bool = False,  # do rows i of both show the same concept?
+    n_draws: int = 1000,  # permutations
+    seed: int = 0,  # seed of the permutations
 ) -> dict:  # mmd2, p, n, m
     "Test by permutation whether two clouds come from one distribution."
     value, rng, n = mmd2(x, y, kernel, paired), np.random.default_rng(seed), len(x)
@@ -93,13 +94,13 @@ def mmd_test(
     p = (1 + (null >= value - 1e-12).sum()) / (1 + n_draws)
     return dict(mmd2=value, p=float(p), n=n, m=len(z) - n)
 
-# %% ../../nbs/08_measure/08_distribution.ipynb #e3be7764
+# %% ../../nbs/08_measure/08_distribution.ipynb #ad946b57
 def real_floor(
-    distance,  # function of two feature tables
-    reference,  # real features (N,d)
-    n,  # rows in each of the two subsets, 2n <= N
-    n_draws=50,  # random splits
-    seed=0,  # seed of the splits
+    distance: Callable,  # function of two feature tables
+    reference: np.ndarray,  # real features (N,d)
+    n: int,  # rows in each of the two subsets, 2n <= N
+    n_draws: int = 50,  # random splits
+    seed: int = 0,  # seed of the splits
 ) -> np.ndarray:  # distances (n_draws,)
     "Measure a distance between disjoint random subsets of the real features."
     reference, rng = as_features(reference), np.random.default_rng(seed)
@@ -108,10 +109,10 @@ def real_floor(
     picks = (rng.permutation(len(reference))[: 2 * n] for _ in range(n_draws))
     return np.array([distance(reference[i[:n]], reference[i[n:]]) for i in picks])
 
-# %% ../../nbs/08_measure/08_distribution.ipynb #1a73c0c3
+# %% ../../nbs/08_measure/08_distribution.ipynb #a2e0bd62
 def frechet(
-    x,  # features (n,d)
-    y,  # features (m,d)
+    x: np.ndarray,  # features (n,d)
+    y: np.ndarray,  # features (m,d)
 ) -> float:  # squared distance of the two fitted normal distributions
     """Compute the Fréchet distance, biased upwards for finite n.
     Dowson and Landau 1982, eq. 4."""
@@ -122,21 +123,21 @@ def frechet(
 
 
 def sample_warning(
-    n,  # rows of the smaller cloud
-    d,  # features
+    n: int,  # rows of the smaller cloud
+    d: int,  # features
 ) -> str:  # empty if the covariance can be estimated
     "Say what is wrong with a Fréchet distance at this size."
     if n <= d:
         return f"N = {n} <= d = {d}: singular covariance, not a distance of distributions"
     return f"N = {n} < 20 d = {20 * d}: strongly biased" if n < 20 * d else ""
 
-# %% ../../nbs/08_measure/08_distribution.ipynb #bc4750eb
+# %% ../../nbs/08_measure/08_distribution.ipynb #74787c95
 def bias_curve(
-    distance,  # function of two feature tables
-    reference,  # real features (N,d)
-    sizes,  # rows per subset, each at most N/2
-    n_draws=30,  # random splits per size
-    seed=0,  # seed of the splits
+    distance: Callable,  # function of two feature tables
+    reference: np.ndarray,  # real features (N,d)
+    sizes: tuple,  # rows per subset, each at most N/2
+    n_draws: int = 30,  # random splits per size
+    seed: int = 0,  # seed of the splits
 ) -> pd.DataFrame:  # per size: mean, sd, low and high (5 and 95 percent)
     "Measure real against real at growing numbers of pictures."
     rows = {}
@@ -145,14 +146,14 @@ def bias_curve(
         rows[n] = dict(mean=f.mean(), sd=f.std(ddof=1), low=np.quantile(f, 0.05), high=np.quantile(f, 0.95))
     return pd.DataFrame(rows).T.rename_axis("n")
 
-# %% ../../nbs/08_measure/08_distribution.ipynb #75ef600b
+# %% ../../nbs/08_measure/08_distribution.ipynb #199cd028
 def distribution_table(
-    sets,  # name -> features (n,d)
-    reference,  # real features (N,d)
-    pool=None,  # more real features for the floors (M,d); the reference if None
-    paired=False,  # do rows i of every set and of the reference show the same concept?
-    n_draws=500,  # permutations; a tenth as many splits for the floors
-    seed=0,  # seed of both
+    sets: dict,  # name -> features (n,d)
+    reference: np.ndarray,  # real features (N,d)
+    pool: np.ndarray | None = None,  # more real features for the floors (M,d); the reference if None
+    paired: bool = False,  # do rows i of every set and of the reference show the same concept?
+    n_draws: int = 500,  # permutations; a tenth as many splits for the floors
+    seed: int = 0,  # seed of both
 ) -> pd.DataFrame:  # one row per set
     "Compare several sets of pictures with the real ones, with floors and warnings."
     pool, rows = as_features(reference if pool is None else pool), {}
@@ -161,18 +162,20 @@ def distribution_table(
     for name, x in sets.items():
         row = mmd_test(x, reference, rbf, paired, n_draws, seed)
         row |= dict(kid=mmd2(x, reference, kid, paired), frechet=frechet(x, reference))
-        n, warning = min(row["n"], row["m"]), sample_warning(min(row["n"], row["m"]), pool.shape[1])
-        if fits := 2 * n <= len(pool):
+        n = min(row["n"], row["m"])
+        notes = [sample_warning(n, pool.shape[1])]
+        if 2 * n <= len(pool):
             floors = {k: real_floor(f, pool, n, max(10, n_draws // 10), seed) for k, f in measures.items()}
             row |= {f"{k}_floor": v.mean() for k, v in floors.items()}
             row |= {f"{k}_floor95": np.quantile(v, 0.95) for k, v in floors.items()}
-        notes = [warning] if fits else [warning, f"no floor: {len(pool)} real rows, {2 * n} needed"]
+        else:
+            notes.append(f"no floor: {len(pool)} real rows, {2 * n} needed")
         rows[name] = row | dict(warning="; ".join(filter(None, notes)))
     return pd.DataFrame(rows.values(), index=list(rows))
 
-# %% ../../nbs/08_measure/08_distribution.ipynb #07f59992
+# %% ../../nbs/08_measure/08_distribution.ipynb #511b044b
 def vendi(
-    x,  # features (n,d), any length but zero
+    x: np.ndarray,  # features (n,d), any length but zero
 ) -> float:  # effective number of different rows, 1 to n
     """Count the effectively different rows under the cosine kernel.
     Friedman and Dieng 2023, eq. 1."""
@@ -182,21 +185,20 @@ def vendi(
     p = p[p > 1e-12]
     return float(np.exp(-(p * np.log(p)).sum()))
 
-# %% ../../nbs/08_measure/08_distribution.ipynb #4a646f24
+# %% ../../nbs/08_measure/08_distribution.ipynb #4564c479
 def diversity(
-    x,  # features of the pictures (b,d)
-    concepts,  # the concept of each picture (b,)
+    x: np.ndarray,  # features of the pictures (b,d)
+    concepts: list,  # the concept of each picture (b,)
 ) -> pd.DataFrame:  # per concept with at least two pictures: distance (mean cosine distance), vendi, n
     "Measure how much pictures of the same concept differ from seed to seed."
     x, concepts = as_features(x), np.asarray(concepts)
     if len(concepts) != len(x):
         raise ValueError(f"{len(concepts)} concepts for {len(x)} pictures")
-    groups = {c: x[concepts == c] for c in dict.fromkeys(concepts.tolist())}
-    rows = {
-        c: dict(distance=pdist(g, "cosine").mean(), vendi=vendi(g), n=len(g))
-        for c, g in groups.items()
-        if len(g) > 1
-    }
+    rows = {}
+    for c in dict.fromkeys(concepts.tolist()):
+        g = x[concepts == c]
+        if len(g) > 1:
+            rows[c] = dict(distance=pdist(g, "cosine").mean(), vendi=vendi(g), n=len(g))
     if not rows:
         raise ValueError("every concept has one picture; diversity needs two or more seeds")
     return pd.DataFrame(rows).T.rename_axis("concept")

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['map_distance', 'perceptual', 'lpips_model', 'lpips_distance', 'read_lite0_weights', 'Lite0', 'embed_maps']
 
-# %% ../../nbs/08_measure/03_perceptual.ipynb #d8fcd614
+# %% ../../nbs/08_measure/03_perceptual.ipynb #3f73261f
 import hashlib
 from pathlib import Path
+import numpy as np
 import torch
 from torch import nn
 import torch.nn.functional as F
 from .pixels import as_images, resized, same_shape
 
-# %% ../../nbs/08_measure/03_perceptual.ipynb #d977a5de
+# %% ../../nbs/08_measure/03_perceptual.ipynb #3d4d55e7
 def map_distance(
-    maps_x,  # feature maps of the pictures, a list of (b,c,h,w)
-    maps_y,  # feature maps of the others, same shapes
-    weights=None,  # per layer the channel weights (c,); all ones if None
+    maps_x: list,  # feature maps of the pictures, a list of (b,c,h,w)
+    maps_y: list,  # feature maps of the others, same shapes
+    weights: list | None = None,  # per layer the channel weights (c,); all ones if None
 ) -> torch.Tensor:  # (b,), 0 where the features are equal
     """Sum the squared differences of channel-normalised feature maps.
     Zhang et al. 2018, eq. 1."""
@@ -28,24 +29,24 @@ def map_distance(
         total = total + torch.einsum("bchw,c->bhw", d2, w).mean((1, 2))
     return total
 
-# %% ../../nbs/08_measure/03_perceptual.ipynb #3250146a
+# %% ../../nbs/08_measure/03_perceptual.ipynb #e474f7b6
 @torch.no_grad()
 def perceptual(
-    x,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-    y,  # pictures that belong to them, same shape
-    net,  # network with `features(images (b,3,h,w) in [0,1])` -> list of (b,c,h,w)
-    batch=64,  # pictures at a time
+    x: np.ndarray | torch.Tensor,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    y: np.ndarray | torch.Tensor,  # pictures that belong to them, same shape
+    net: nn.Module,  # network with `features(images (b,3,h,w) in [0,1])` -> list of (b,c,h,w)
+    batch: int = 64,  # pictures at a time
 ) -> torch.Tensor:  # distance (b,) on the cpu, 0 where equal
     "Measure the LPIPS distance of each pair through any network with feature maps."
     x, y = same_shape(x, y)
     pairs = zip(x.split(batch), y.split(batch))
     return torch.cat([map_distance(net.features(a), net.features(b)).cpu() for a, b in pairs])
 
-# %% ../../nbs/08_measure/03_perceptual.ipynb #aaf017f2
+# %% ../../nbs/08_measure/03_perceptual.ipynb #b5a0bb89
 def lpips_model(
-    net="alex",  # backbone: 'alex', 'vgg' or 'squeeze'
-    device="cpu",  # where it runs
-    download=False,  # True lets torchvision fetch the backbone
+    net: str = "alex",  # backbone: 'alex', 'vgg' or 'squeeze'
+    device: str = "cpu",  # where it runs
+    download: bool = False,  # True lets torchvision fetch the backbone
 ) -> nn.Module:  # called with two batches in [0,1] and normalize=True
     "Load LPIPS with its trained backbone, or say what is missing."
     stem = dict(alex="alexnet-", vgg="vgg16-", squeeze="squeezenet1_1-").get(net)
@@ -61,13 +62,13 @@ def lpips_model(
 
     return lpips.LPIPS(net=net, verbose=False).to(device).eval()
 
-# %% ../../nbs/08_measure/03_perceptual.ipynb #d865f9d8
+# %% ../../nbs/08_measure/03_perceptual.ipynb #90f02653
 @torch.no_grad()
 def lpips_distance(
-    x,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-    y,  # pictures that belong to them, same shape
-    model,  # from `lpips_model`
-    batch=64,  # pictures at a time
+    x: np.ndarray | torch.Tensor,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    y: np.ndarray | torch.Tensor,  # pictures that belong to them, same shape
+    model: nn.Module,  # from `lpips_model`
+    batch: int = 64,  # pictures at a time
 ) -> torch.Tensor:  # distance (b,), 0 where equal
     "Measure the original LPIPS distance of each pair."
     x, y = same_shape(x, y)
@@ -75,7 +76,7 @@ def lpips_distance(
     pairs = zip(x.split(batch), y.split(batch))
     return torch.cat([model(a.to(device), b.to(device), normalize=True).flatten().cpu() for a, b in pairs])
 
-# %% ../../nbs/08_measure/03_perceptual.ipynb #f699c485
+# %% ../../nbs/08_measure/03_perceptual.ipynb #c8ceec7b
 def _lite0_packages() -> tuple:  # the network class, and the class that knows where its weights are
     "Import the two optional packages, or say how to get them."
     try:
@@ -97,42 +98,39 @@ def read_lite0_weights() -> dict:  # name -> tensor
         raise ValueError(f"{path.name}: SHA-256 starts {digest[:8]}, unlike its name; reinstall the package")
     return torch.load(path, map_location="cpu", weights_only=True)
 
-# %% ../../nbs/08_measure/03_perceptual.ipynb #e3d7c4de
+# %% ../../nbs/08_measure/03_perceptual.ipynb #11e6e116
 class Lite0(nn.Module):
     "Look at pictures through EfficientNet-lite0, trained on ImageNet."
 
     def __init__(
         self,
-        size=96,  # pixels to which pictures are resized, a multiple of 32
-        device="cpu",  # where it runs
-        weights=None,  # name -> tensor; the packaged ones if None
+        size: int = 96,  # pixels to which pictures are resized, a multiple of 32
+        device: str = "cpu",  # where it runs
+        weights: dict | None = None,  # name -> tensor; the packaged ones if None
     ):
         super().__init__()
-        weights = read_lite0_weights() if weights is None else weights
         self.net, self.size = _lite0_packages()[0].from_name("efficientnet-lite0"), size
-        self.net.load_state_dict(weights)
+        self.net.load_state_dict(weights or read_lite0_weights())
         self.requires_grad_(False).eval().to(device)
 
     def features(
         self,
-        images,  # (b,3,h,w) in [0,1]
-    ):  # four maps, of 24, 40, 112 and 192 channels
+        images: torch.Tensor,  # (b,3,h,w) in [0,1]
+    ) -> list:  # four maps, of 24, 40, 112 and 192 channels
         "Return the maps at the end of the stages with stride 4, 8, 16 and 32."
-        x = resized(images.to(next(self.parameters())), self.size)
         n, maps = self.net, []
+        x = resized(images.to(next(self.parameters())), self.size)
         h = n._swish(n._bn0(n._conv_stem(x * 2 - 1)))
-        for i, block in enumerate(n._blocks[:15]):
-            h = block(h)
-            if i in (2, 4, 10, 14):
-                maps.append(h)
-        return maps
+        for block in n._blocks[:15]:
+            maps.append(h := block(h))
+        return [maps[i] for i in (2, 4, 10, 14)]
 
-# %% ../../nbs/08_measure/03_perceptual.ipynb #054cbf1a
+# %% ../../nbs/08_measure/03_perceptual.ipynb #a5033abe
 @torch.no_grad()
 def embed_maps(
-    images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-    net,  # network with `features`
-    batch=64,  # pictures at a time
+    images: np.ndarray | torch.Tensor,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    net: nn.Module,  # network with `features`
+    batch: int = 64,  # pictures at a time
 ) -> torch.Tensor:  # unit vectors (b,d) on the cpu
     "Average a network's last feature map over its places: an embedding for the paired metrics."
     x = as_images(images)

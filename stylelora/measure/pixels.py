@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['as_images', 'same_shape', 'resized', 'psnr', 'ssim', 'timed']
 
-# %% ../../nbs/08_measure/01_pixels.ipynb #10e07587
+# %% ../../nbs/08_measure/01_pixels.ipynb #27a6823c
 import time
+from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../../nbs/08_measure/01_pixels.ipynb #0442e8f8
+# %% ../../nbs/08_measure/01_pixels.ipynb #450d05b1
 def as_images(
-    images,  # uint8 (b,h,w,3), or float (b,3,h,w) in [0,1]; array or tensor
+    images: np.ndarray | torch.Tensor,  # uint8 (b,h,w,3), or float (b,3,h,w) in [0,1]; array or tensor
 ) -> torch.Tensor:  # float32 (b,3,h,w) in [0,1]
     "Bring pictures of either layout to one: channels first, floats in [0,1]."
     x = images if isinstance(images, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(images))
@@ -25,40 +26,40 @@ def as_images(
         raise ValueError(f"images in [{x.min():.2f}, {x.max():.2f}], want [0,1]; a decoder needs (x + 1)/2")
     return x.float().clamp(0, 1)
 
-# %% ../../nbs/08_measure/01_pixels.ipynb #4027a64e
+# %% ../../nbs/08_measure/01_pixels.ipynb #fb81963c
 def same_shape(
-    x,  # pictures, any layout that `as_images` takes
-    y,  # pictures that belong to them one by one
-):  # both as float (b,3,h,w)
+    x: np.ndarray | torch.Tensor,  # pictures, any layout that `as_images` takes
+    y: np.ndarray | torch.Tensor,  # pictures that belong to them one by one
+) -> tuple[torch.Tensor, torch.Tensor]:  # both as float (b,3,h,w)
     "Bring two batches to one layout, and check that they can be compared image by image."
     x, y = as_images(x), as_images(y)
     if x.shape == y.shape:
         return x, y
     raise ValueError(f"pictures {tuple(x.shape)} against {tuple(y.shape)}: pair them one to one")
 
-# %% ../../nbs/08_measure/01_pixels.ipynb #a6f3af16
+# %% ../../nbs/08_measure/01_pixels.ipynb #95e8d768
 def resized(
-    x,  # pictures (b,c,h,w)
-    size,  # height and width wanted, pixels
-):  # (b,c,size,size)
+    x: torch.Tensor,  # pictures (b,c,h,w)
+    size: int,  # height and width wanted, pixels
+) -> torch.Tensor:  # (b,c,size,size)
     "Resize a batch with antialiasing, or return it as it is when it has the size."
     if tuple(x.shape[2:]) == (size, size):
         return x
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
-# %% ../../nbs/08_measure/01_pixels.ipynb #035551f3
+# %% ../../nbs/08_measure/01_pixels.ipynb #03708436
 def psnr(
-    x,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-    y,  # the true pictures, same shape
+    x: np.ndarray | torch.Tensor,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    y: np.ndarray | torch.Tensor,  # the true pictures, same shape
 ) -> torch.Tensor:  # decibels (b,), infinite where equal
     "Measure the peak signal-to-noise ratio of each picture."
     x, y = same_shape(x, y)
     return -10 * torch.log10(((x - y) ** 2).mean((1, 2, 3)))
 
-# %% ../../nbs/08_measure/01_pixels.ipynb #9cbd1e3a
+# %% ../../nbs/08_measure/01_pixels.ipynb #6a27ea05
 def ssim(
-    x,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3), at least 11 pixels a side
-    y,  # the true pictures, same shape
+    x: np.ndarray | torch.Tensor,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3), at least 11 pixels a side
+    y: np.ndarray | torch.Tensor,  # the true pictures, same shape
 ) -> torch.Tensor:  # (b,) in [-1,1], 1 where equal
     """Measure the structural similarity of each picture.
     Wang et al. 2004, eq. 13, with an 11-pixel Gaussian window of width 1.5."""
@@ -74,12 +75,12 @@ def ssim(
     contrast = (2 * (xy - mx * my) + 0.03**2) / (xx - mx**2 + yy - my**2 + 0.03**2)
     return (luminance * contrast).mean((1, 2, 3))
 
-# %% ../../nbs/08_measure/01_pixels.ipynb #16232b81
+# %% ../../nbs/08_measure/01_pixels.ipynb #222e8b84
 def timed(
-    work,  # function without arguments that makes the pictures
-    n=1,  # how many pictures it makes
-    device="cpu",  # device that does the work
-):  # (what `work` returned, seconds per picture)
+    work: Callable,  # function without arguments that makes the pictures
+    n: int = 1,  # how many pictures it makes
+    device: str = "cpu",  # device that does the work
+) -> tuple:  # (what `work` returned, seconds per picture)
     "Run some work and report its seconds per picture."
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     wait()

@@ -9,9 +9,9 @@ __all__ = ['TIE', 'unit', 'style_scores', 'gallery_of', 'expected_rank', 'conten
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/08_measure/04_retrieval.ipynb #88d8929c
+# %% ../../nbs/08_measure/04_retrieval.ipynb #3ae245b7
 def unit(
-    v,  # vectors (…,d), array or tensor
+    v: np.ndarray,  # vectors (…,d), array or tensor
 ) -> np.ndarray:  # the same directions with length 1, float64; NaN stays NaN
     "Scale vectors to unit length."
     v = np.asarray(v, dtype=np.float64)
@@ -31,17 +31,17 @@ def _checked(x, rows, grid, target):
         return x, rows, grid
     raise ValueError(f"target={target}, but the grid has {grid.shape[1]} styles")
 
-# %% ../../nbs/08_measure/04_retrieval.ipynb #81329de1
+# %% ../../nbs/08_measure/04_retrieval.ipynb #5d952324
 TIE = 1e-9  # cosines closer than this are equal: below rounding of float32 embeddings, above that of float64
 
 
 def style_scores(
-    x,  # style embeddings of the pictures (b,d)
-    rows,  # index of each picture's concept in the grid (b,)
-    grid,  # style embeddings of the drawings (concepts,styles,d); NaN rows are missing
-    target,  # index of the style whose style is wanted
+    x: np.ndarray,  # style embeddings of the pictures (b,d)
+    rows: np.ndarray,  # index of each picture's concept in the grid (b,)
+    grid: np.ndarray,  # style embeddings of the drawings (concepts,styles,d); NaN rows are missing
+    target: int,  # index of the wanted style
 ) -> pd.DataFrame:  # per picture style_margin, style_at_1, style_chance, style_styles
-    "Tell whose hand each picture is nearest to, among all drawings of its own concept."
+    "Tell which style each picture is nearest to, among all drawings of its own concept."
     x, rows, grid = _checked(x, rows, grid, target)
     d = 1 - np.einsum("bd,bvd->bv", x, grid[rows])
     own, others = d[:, target], np.delete(d, target, axis=1)
@@ -49,20 +49,15 @@ def style_scores(
     margin = np.where(styles > 1, np.where(np.isnan(others), np.inf, others).min(1) - own, np.nan)
     tied = (np.abs(others - own[:, None]) <= TIE).sum(1)
     hit = np.where(margin > TIE, 1.0, np.where(margin < -TIE, 0.0, 1 / (1 + tied)))
-    return pd.DataFrame(
-        dict(
-            style_margin=margin,
-            style_at_1=np.where(np.isnan(margin), np.nan, hit),
-            style_chance=1 / styles,
-            style_styles=styles,
-        )
-    )
+    hit = np.where(np.isnan(margin), np.nan, hit)
+    scores = dict(style_margin=margin, style_at_1=hit, style_chance=1 / styles, style_styles=styles)
+    return pd.DataFrame(scores)
 
-# %% ../../nbs/08_measure/04_retrieval.ipynb #c1d20ced
+# %% ../../nbs/08_measure/04_retrieval.ipynb #0d9c9720
 def gallery_of(
-    grid,  # embeddings of the drawings (concepts,styles,d); NaN rows are missing
-    target,  # index of the style that is left out, or None to keep all
-    min_styles=2,  # concepts drawn by fewer others are left out
+    grid: np.ndarray,  # embeddings of the drawings (concepts,styles,d); NaN rows are missing
+    target: int | None,  # index of the style that is left out, or None to keep all
+    min_styles: int = 2,  # concepts drawn by fewer others are left out
 ) -> np.ndarray:  # mean embedding per concept (concepts,d); NaN rows are left out
     "Average the other styles' drawings of every concept."
     others = unit(grid) if target is None else np.delete(unit(grid), target, axis=1)
@@ -71,23 +66,23 @@ def gallery_of(
     total = np.where(there[..., None], others, 0).sum(1)
     return np.where(count[:, None] >= min_styles, total / np.maximum(count, 1)[:, None], np.nan)
 
-# %% ../../nbs/08_measure/04_retrieval.ipynb #667c97dd
+# %% ../../nbs/08_measure/04_retrieval.ipynb #a6018bea
 def expected_rank(
-    nearer,  # how many wrong answers are strictly nearer (b,)
-    tied,  # how many wrong answers are exactly as near (b,)
-):  # expected hit at rank 1, rank, and reciprocal rank, each (b,)
+    nearer: np.ndarray,  # how many wrong answers are strictly nearer (b,)
+    tied: np.ndarray,  # how many wrong answers are exactly as near (b,)
+) -> tuple:  # expected hit at rank 1, rank, and reciprocal rank, each (b,)
     "Break ties at random, in expectation."
     harmonic = np.concatenate([[0], np.cumsum(1 / np.arange(1, np.max(nearer + tied, initial=0) + 2))])
     reciprocal = (harmonic[nearer + tied + 1] - harmonic[nearer]) / (1 + tied)
     return (nearer == 0) / (1 + tied), 1 + nearer + tied / 2, reciprocal
 
-# %% ../../nbs/08_measure/04_retrieval.ipynb #8ebc5a90
+# %% ../../nbs/08_measure/04_retrieval.ipynb #6109f5f6
 def content_scores(
-    x,  # content embeddings of the pictures (b,d)
-    rows,  # index of each picture's concept in the grid (b,)
-    grid,  # content embeddings of the drawings (concepts,styles,d); NaN rows are missing
-    target,  # index of the style whose style is wanted; left out of the gallery
-    min_styles=2,  # concepts drawn by fewer others are not scored
+    x: np.ndarray,  # content embeddings of the pictures (b,d)
+    rows: np.ndarray,  # index of each picture's concept in the grid (b,)
+    grid: np.ndarray,  # content embeddings of the drawings (concepts,styles,d); NaN rows are missing
+    target: int,  # index of the wanted style; left out of the gallery
+    min_styles: int = 2,  # concepts drawn by fewer others are not scored
 ) -> pd.DataFrame:  # per picture content_at_1, content_rank, content_rr, content_margin, content_gallery
     "Rank each picture's own concept among all concepts, as drawn by everybody else."
     x, rows, grid = _checked(x, rows, grid, target)
@@ -103,14 +98,14 @@ def content_scores(
     size = int((~np.isnan(gallery[:, 0])).sum())
     return pd.DataFrame(scores | dict(content_gallery=size), index=range(len(x)))
 
-# %% ../../nbs/08_measure/04_retrieval.ipynb #d57886b2
+# %% ../../nbs/08_measure/04_retrieval.ipynb #77eab05a
 def leaked(
-    x,  # content embeddings of the pictures (b,d)
-    rows,  # index of each picture's concept in the test grid (b,)
-    grid,  # content embeddings of the test concepts (concepts,styles,d)
-    train_grid,  # content embeddings of the training concepts (n,styles,d)
-    target,  # index of the style whose style is wanted
-    min_styles=2,  # concepts drawn by fewer others are left out
+    x: np.ndarray,  # content embeddings of the pictures (b,d)
+    rows: np.ndarray,  # index of each picture's concept in the test grid (b,)
+    grid: np.ndarray,  # content embeddings of the test concepts (concepts,styles,d)
+    train_grid: np.ndarray,  # content embeddings of the training concepts (n,styles,d)
+    target: int,  # index of the wanted style
+    min_styles: int = 2,  # concepts drawn by fewer others are left out
 ) -> np.ndarray:  # 1 if a training concept is nearest, 0 if not, NaN if not scored (b,)
     "Tell which pictures show a training concept rather than their own."
     x, rows, grid = _checked(x, rows, grid, target)
@@ -119,22 +114,22 @@ def leaked(
     nearest = (x @ train[~np.isnan(train[:, 0])].T).max(1, initial=-np.inf)
     return np.where(np.isnan(own), np.nan, nearest > own + TIE)
 
-# %% ../../nbs/08_measure/04_retrieval.ipynb #44ba4b65
+# %% ../../nbs/08_measure/04_retrieval.ipynb #5cd69197
 def copied(
-    x,  # embeddings of the pictures (b,d)
-    train,  # embeddings of the training drawings (n,d)
-    held_out,  # embeddings of true drawings that were not trained on (m,d)
-    quantile=0.01,  # share of true drawings that may be called a copy
-):  # (1 or 0 per picture (b,), the cosine distance below which a picture is a copy)
+    x: np.ndarray,  # embeddings of the pictures (b,d)
+    train: np.ndarray,  # embeddings of the training drawings (n,d)
+    held_out: np.ndarray,  # embeddings of true drawings that were not trained on (m,d)
+    quantile: float = 0.01,  # share of true drawings that may be called a copy
+) -> tuple:  # (1 or 0 per picture (b,), the cosine distance below which a picture is a copy)
     "Tell which pictures lie nearer to a training drawing than true drawings do."
     nearest = lambda v: 1 - (unit(v) @ unit(train).T).max(1)
     threshold = float(np.nanquantile(nearest(held_out), quantile))
     d = nearest(x)
     return np.where(np.isnan(d), np.nan, d < threshold), threshold
 
-# %% ../../nbs/08_measure/04_retrieval.ipynb #ce0b530f
+# %% ../../nbs/08_measure/04_retrieval.ipynb #e1ed910f
 def summarise(
-    scores,  # one row per picture, one column per metric
+    scores: pd.DataFrame,  # one row per picture, one column per metric
 ) -> pd.DataFrame:  # per metric: mean, scored, missing
     "Average every metric, and count the pictures with and without a score."
     scores = scores.select_dtypes("number")

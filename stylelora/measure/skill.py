@@ -6,7 +6,7 @@
 __all__ = ['FAR', 'PARTS', 'rgb_to_lab', 'edge_map', 'edge_distances', 'chamfer', 'palette', 'palette_distance', 'Look',
            'flat_features', 'embed', 'part_distances', 'Competitor', 'competitor', 'skill_scores']
 
-# %% ../../nbs/08_measure/05_skill.ipynb #21cb5c78
+# %% ../../nbs/08_measure/05_skill.ipynb #e05151bb
 from dataclasses import dataclass
 import numpy as np
 import pandas as pd
@@ -17,9 +17,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from .pixels import as_images
 
-# %% ../../nbs/08_measure/05_skill.ipynb #bd24dcc8
+# %% ../../nbs/08_measure/05_skill.ipynb #0e3ff63d
 def rgb_to_lab(
-    images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    images: np.ndarray | torch.Tensor,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
 ) -> np.ndarray:  # (b,h,w,3): L in [0,100], a and b around 0
     """Convert sRGB to CIE Lab under D65.
     IEC 61966-2-1 and CIE 15."""
@@ -32,10 +32,10 @@ def rgb_to_lab(
     f = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
 
-# %% ../../nbs/08_measure/05_skill.ipynb #b068194f
+# %% ../../nbs/08_measure/05_skill.ipynb #e94cf1e8
 def edge_map(
-    images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-    threshold=0.15,  # smallest gradient of an edge; a black-white step has 1
+    images: np.ndarray | torch.Tensor,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    threshold: float = 0.15,  # smallest gradient of an edge; a black-white step has 1
 ) -> np.ndarray:  # True at edges (b,h,w)
     "Find the places where a colour channel changes quickly."
     a = as_images(images).numpy()
@@ -44,12 +44,12 @@ def edge_map(
     )
     return np.hypot(slope(2, 3), slope(3, 2)).max(1) / 4 > threshold
 
-# %% ../../nbs/08_measure/05_skill.ipynb #830a23e0
+# %% ../../nbs/08_measure/05_skill.ipynb #730c4bc3
 FAR = 0.2  # sides of the picture beyond which distance does not count
 
 
 def edge_distances(
-    edges,  # True at edges (b,h,w)
+    edges: np.ndarray,  # True at edges (b,h,w)
 ) -> np.ndarray:  # distance to the nearest edge (b,h,w), in sides of the picture, at most FAR
     "Transform each edge map into a map of distances to its edges."
     far = [distance_transform_edt(~e) / max(e.shape) if e.any() else np.ones(e.shape) for e in edges]
@@ -57,20 +57,20 @@ def edge_distances(
 
 
 def chamfer(
-    edges_x,  # True at edges (b,h,w)
-    far_x,  # distances to these edges, from `edge_distances` (b,h,w)
-    edges_y,  # the others
-    far_y,  # distances to those
+    edges_x: np.ndarray,  # True at edges (b,h,w)
+    far_x: np.ndarray,  # distances to these edges, from `edge_distances` (b,h,w)
+    edges_y: np.ndarray,  # the others
+    far_y: np.ndarray,  # distances to those
 ) -> np.ndarray:  # (b,), 0 for equal edges, at most FAR, in sides of the picture
     "Average how far the edges of each picture are from those of the other, both ways."
     there = lambda e, far: (e * far).sum((1, 2)) / np.maximum(e.sum((1, 2)), 1)
     alone = edges_x.any((1, 2)) != edges_y.any((1, 2))
     return np.where(alone, FAR, (there(edges_x, far_y) + there(edges_y, far_x)) / 2)
 
-# %% ../../nbs/08_measure/05_skill.ipynb #4cfb9507
+# %% ../../nbs/08_measure/05_skill.ipynb #42dd64cd
 def palette(
-    images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
-    n=64,  # colours, a power of two
+    images: np.ndarray | torch.Tensor,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    n: int = 64,  # colours, a power of two
 ) -> np.ndarray:  # Lab colours of equal weight (b,n,3)
     "Reduce each picture to a few colours of equal weight by median cut."
     lab = rgb_to_lab(images)
@@ -83,16 +83,16 @@ def palette(
         a = np.take_along_axis(a, order[..., None], 1).reshape(2 * len(a), -1, 3)
     return a.mean(1).reshape(len(lab), n, 3)
 
-# %% ../../nbs/08_measure/05_skill.ipynb #c2316ed4
+# %% ../../nbs/08_measure/05_skill.ipynb #951cab93
 def palette_distance(
-    p,  # palettes (b,n,3)
-    q,  # palettes (b,n,3)
+    p: np.ndarray,  # palettes (b,n,3)
+    q: np.ndarray,  # palettes (b,n,3)
 ) -> np.ndarray:  # mean Lab distance of the best assignment (b,)
     "Measure the earth mover's distance between palettes of equal weights."
     costs = (cdist(a, b) for a, b in zip(p, q, strict=True))
     return np.array([c[linear_sum_assignment(c)].mean() for c in costs])
 
-# %% ../../nbs/08_measure/05_skill.ipynb #bd2f2a84
+# %% ../../nbs/08_measure/05_skill.ipynb #649e490f
 @dataclass
 class Look:
     "Keep what the three distances need to know about some pictures."
@@ -106,48 +106,47 @@ class Look:
         "Select pictures by index or mask."
         return Look(self.features[rows], self.edges[rows], self.far[rows], self.palette[rows])
 
-# %% ../../nbs/08_measure/05_skill.ipynb #1bb3bc3e
+# %% ../../nbs/08_measure/05_skill.ipynb #bf7d44e0
 @torch.no_grad()
 def flat_features(
-    images,  # pictures (b,3,h,w) in [0,1]
-    net,  # network with `features(images)` -> list of (b,c,h,w)
-    batch=64,  # pictures at a time
+    images: torch.Tensor,  # pictures (b,3,h,w) in [0,1]
+    net: torch.nn.Module,  # network with `features(images)` -> list of (b,c,h,w)
+    batch: int = 64,  # pictures at a time
 ) -> np.ndarray:  # (b,d); squared distances of rows are LPIPS distances with all weights 1
     "Lay the unit-length feature maps of a network end to end."
-    flat = lambda m: (F.normalize(m, dim=1, eps=1e-10) / m[0, 0].numel() ** 0.5).flatten(1).cpu()
-    return torch.cat([torch.cat([flat(m) for m in net.features(x)], 1) for x in images.split(batch)]).numpy()
+    rows = []
+    for x in images.split(batch):
+        maps = net.features(x)
+        flat = [F.normalize(m, dim=1, eps=1e-10) / m[0, 0].numel() ** 0.5 for m in maps]
+        rows.append(torch.cat([m.flatten(1).cpu() for m in flat], 1))
+    return torch.cat(rows).numpy()
 
-# %% ../../nbs/08_measure/05_skill.ipynb #b610f142
+# %% ../../nbs/08_measure/05_skill.ipynb #76708c54
 def embed(
-    images,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3), at least one
-    net,  # network with `features`: Lite0, or an Evaluator
+    images: np.ndarray | torch.Tensor,  # pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3), at least one
+    net: torch.nn.Module,  # network with `features`: Lite0, or an Evaluator
 ) -> Look:  # everything that `part_distances` needs
     "Look at pictures once."
     x = as_images(images)
     edges = edge_map(x)
     return Look(flat_features(x, net), edges, edge_distances(edges), palette(x))
 
-# %% ../../nbs/08_measure/05_skill.ipynb #a2d9a630
+# %% ../../nbs/08_measure/05_skill.ipynb #460ec63f
 PARTS = ("perceptual", "edges", "palette")  # the three distances, in this order everywhere
 
 
 def part_distances(
-    a,  # a Look at some pictures
-    b,  # a Look at as many others
+    a: Look,  # a Look at some pictures
+    b: Look,  # a Look at as many others
 ) -> np.ndarray:  # one column per part (b,3), in their own units
     "Measure the three distances of each pair."
     if len(a.features) != len(b.features):
         raise ValueError(f"{len(a.features)} pictures against {len(b.features)}: pair them one to one")
-    return np.stack(
-        [
-            ((a.features - b.features) ** 2).sum(1),
-            chamfer(a.edges, a.far, b.edges, b.far),
-            palette_distance(a.palette, b.palette),
-        ],
-        1,
-    )
+    features = ((a.features - b.features) ** 2).sum(1)
+    edges = chamfer(a.edges, a.far, b.edges, b.far)
+    return np.stack([features, edges, palette_distance(a.palette, b.palette)], 1)
 
-# %% ../../nbs/08_measure/05_skill.ipynb #a74c5635
+# %% ../../nbs/08_measure/05_skill.ipynb #68ee30e7
 @dataclass
 class Competitor:
     "Keep the true drawings, the scales, and the distance that a picture has to beat."
@@ -163,13 +162,13 @@ class Competitor:
         filled = np.where(np.isnan(self.distance), np.inf, self.distance)
         return np.where(np.isnan(self.floor), -1, filled.argmin(1))
 
-# %% ../../nbs/08_measure/05_skill.ipynb #8f3b36e3
+# %% ../../nbs/08_measure/05_skill.ipynb #9484d1b9
 def competitor(
-    drawings,  # true drawings, uint8 (concepts,styles,h,w,3); missing ones may hold anything
-    present,  # which of them exist, bool (concepts,styles)
-    target,  # index of the style whose style is wanted
-    base,  # indices of the base styles
-    net,  # network with `features`
+    drawings: np.ndarray,  # true drawings, uint8 (concepts,styles,h,w,3); missing ones may hold anything
+    present: np.ndarray,  # which of them exist, bool (concepts,styles)
+    target: int,  # index of the wanted style
+    base: list,  # indices of the base styles
+    net: torch.nn.Module,  # network with `features`
 ) -> Competitor:
     "Measure how near the base styles' drawings are to the truth."
     there = present[:, target, None, None, None]
@@ -186,12 +185,12 @@ def competitor(
     floor = np.where(np.isnan(distance), np.inf, distance).min(1)
     return Competitor(truth, scale, distance, np.where((floor > 1e-6) & (floor < np.inf), floor, np.nan))
 
-# %% ../../nbs/08_measure/05_skill.ipynb #89bae8a1
+# %% ../../nbs/08_measure/05_skill.ipynb #78c09056
 def skill_scores(
-    images,  # generated pictures (b,3,h,w) in [0,1] or uint8 (b,h,w,3), of the drawings' size
-    rows,  # index of each picture's concept (b,)
-    rival,  # from `competitor`
-    net,  # the same network
+    images: np.ndarray | torch.Tensor,  # of the drawings' size, (b,3,h,w) in [0,1] or uint8 (b,h,w,3)
+    rows: np.ndarray,  # index of each picture's concept (b,)
+    rival: Competitor,  # from `competitor`
+    net: torch.nn.Module,  # the same network
 ) -> pd.DataFrame:  # per picture gt_skill, and the scaled distances gt_perceptual, gt_edges, gt_palette
     "Measure how much nearer than the nearest base style each picture is to the truth."
     rows, x = np.asarray(rows), embed(images, net)

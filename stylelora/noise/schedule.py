@@ -11,15 +11,15 @@ import math
 import torch
 from ..core import expand_as
 
-# %% ../../nbs/01_noise/01_schedule.ipynb #a6f39994
+# %% ../../nbs/01_noise/01_schedule.ipynb #414d9f15
 SCHEDULES = ("scaled_linear", "quadratic", "linear", "cosine")
 
 
 def make_betas(
-    name="scaled_linear",  # one of SCHEDULES
-    n_train=1000,  # number of training steps T
-    beta_start=0.00085,  # first beta; the cosine does not use it
-    beta_end=0.012,  # last beta; the cosine does not use it
+    name: str = "scaled_linear",  # one of SCHEDULES
+    n_train: int = 1000,  # number of training steps T
+    beta_start: float = 0.00085,  # first beta; the cosine does not use it
+    beta_end: float = 0.012,  # last beta; the cosine does not use it
 ) -> torch.Tensor:  # variance increments (T,), float64
     """Compute the betas of a named schedule.
     Proposal, Appendix B; the cosine as in Nichol & Dhariwal 2021, eq. 17, clipped at 0.999."""
@@ -30,13 +30,14 @@ def make_betas(
         return line(beta_start, beta_end)
     if name in ("quadratic", "scaled_linear"):
         return line(beta_start**0.5, beta_end**0.5) ** 2
-    s, u = 0.008, line(0, 1, n_train + 1)
+    s = 0.008
+    u = line(0, 1, n_train + 1)
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
-# %% ../../nbs/01_noise/01_schedule.ipynb #237f38eb
+# %% ../../nbs/01_noise/01_schedule.ipynb #3b906e27
 def interpolate(
-    x,  # where to look: number or tensor of any shape
+    x: float | torch.Tensor,  # where to look: number or tensor of any shape
     xs: torch.Tensor,  # increasing nodes (k,)
     ys: torch.Tensor,  # values at the nodes (k,)
 ) -> torch.Tensor:  # values at x, float64, same shape; on the cpu if x's device has no float64
@@ -47,21 +48,17 @@ def interpolate(
     i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
     return torch.lerp(ys[i - 1], ys[i], ((x - xs[i - 1]) / (xs[i] - xs[i - 1])).clamp(0, 1))
 
-# %% ../../nbs/01_noise/01_schedule.ipynb #973f565a
+# %% ../../nbs/01_noise/01_schedule.ipynb #8931aeb2
 class Schedule:
     "Hold a noise schedule as float64 tables over the training steps."
 
     def __init__(
         self,
-        name="scaled_linear",  # one of SCHEDULES, or any label if betas are given
-        betas=None,  # own variance increments (T,), each in (0,1), instead of a named schedule
-        n_train=1000,  # number of training steps T of a named schedule
-        beta_start=0.00085,  # first beta of a named schedule
-        beta_end=0.012,  # last beta of a named schedule
+        name: str = "scaled_linear",  # one of SCHEDULES, or any label if betas are given
+        betas: torch.Tensor | list | None = None,  # own increments (T,), each in (0,1), or a named schedule
+        **named: float,  # n_train, beta_start, beta_end of a named schedule, see `make_betas`
     ):
-        if betas is None:
-            betas = make_betas(name, n_train, beta_start, beta_end)
-        betas = torch.as_tensor(betas, dtype=torch.float64)
+        betas = make_betas(name, **named) if betas is None else torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError(f"betas of {name!r} must be two or more numbers in (0,1), not 0, 1 or nan")
         self.name, self.betas, self.n_train = name, betas, len(betas)
@@ -77,16 +74,16 @@ class Schedule:
         "Look up the (fractional) step at a noise level; levels beyond the table count as its ends."
         return interpolate(torch.as_tensor(sigma).log(), self.sigmas.log(), self.timesteps)
 
-# %% ../../nbs/01_noise/01_schedule.ipynb #c47af14b
+# %% ../../nbs/01_noise/01_schedule.ipynb #d896211f
 def as_schedule(
-    schedule,  # a Schedule, or a name out of SCHEDULES
+    schedule: Schedule | str,  # a Schedule, or a name out of SCHEDULES
 ) -> Schedule:  # the schedule
     "Accept a schedule or its name."
     return schedule if isinstance(schedule, Schedule) else Schedule(schedule)
 
 
 def schedule_from_config(
-    config,  # dict: beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas
+    config: dict,  # beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas
 ) -> Schedule:  # the same numbers
     "Read the schedule out of a diffusers scheduler configuration."
     names = dict(scaled_linear="scaled_linear", linear="linear", squaredcos_cap_v2="cosine")
@@ -102,9 +99,9 @@ def schedule_from_config(
         beta_end=config.get("beta_end", 0.02),
     )
 
-# %% ../../nbs/01_noise/01_schedule.ipynb #d815fbfc
+# %% ../../nbs/01_noise/01_schedule.ipynb #7bbaf04a
 def amplitudes(
-    abar_t,  # alphas_cumprod at the pictures' steps: number or (b,)
+    abar_t: float | torch.Tensor,  # alphas_cumprod at the pictures' steps: number or (b,)
     x: torch.Tensor,  # pictures whose shape, format and device count (b,c,h,w)
 ) -> tuple:  # signal amplitude sqrt(abar) and noise amplitude sqrt(1 - abar), each (b,1,1,1)
     "Compute how much picture and how much noise a mixture holds."
@@ -124,15 +121,15 @@ def add_noise(
     a, s = amplitudes(schedule.alphas_cumprod[t.cpu()], x0)
     return a * x0 + s * eps
 
-# %% ../../nbs/01_noise/01_schedule.ipynb #35cce86e
+# %% ../../nbs/01_noise/01_schedule.ipynb #0df3d9a3
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 def to_x0(
     xt: torch.Tensor,  # noisy pictures (b,c,h,w)
     pred: torch.Tensor,  # prediction (b,c,h,w)
-    abar_t,  # alphas_cumprod at the pictures' steps, number or (b,)
-    prediction="epsilon",  # what pred is, one of PREDICTIONS
+    abar_t: float | torch.Tensor,  # alphas_cumprod at the pictures' steps, number or (b,)
+    prediction: str = "epsilon",  # what pred is, one of PREDICTIONS
 ) -> torch.Tensor:  # the clean pictures it implies (b,c,h,w)
     """Convert a prediction to the clean picture that it implies.
     Salimans & Ho 2022, appendix D."""
@@ -141,14 +138,16 @@ def to_x0(
     a, s = amplitudes(abar_t, xt)
     if prediction == "sample":
         return pred
-    return (xt - s * pred) / a if prediction == "epsilon" else a * xt - s * pred
+    if prediction == "epsilon":
+        return (xt - s * pred) / a
+    return a * xt - s * pred
 
-# %% ../../nbs/01_noise/01_schedule.ipynb #62a37272
+# %% ../../nbs/01_noise/01_schedule.ipynb #b008fdb8
 def to_eps(
     xt: torch.Tensor,  # noisy pictures (b,c,h,w)
     pred: torch.Tensor,  # prediction (b,c,h,w)
-    abar_t,  # alphas_cumprod at the pictures' steps, number or (b,)
-    prediction="sample",  # what pred is, one of PREDICTIONS
+    abar_t: float | torch.Tensor,  # alphas_cumprod at the pictures' steps, number or (b,)
+    prediction: str = "sample",  # what pred is, one of PREDICTIONS
 ) -> torch.Tensor:  # the noise it implies (b,c,h,w)
     "Convert a prediction to the noise that it implies."
     if prediction == "epsilon":
@@ -160,8 +159,8 @@ def to_eps(
 def to_v(
     xt: torch.Tensor,  # noisy pictures (b,c,h,w)
     pred: torch.Tensor,  # prediction (b,c,h,w)
-    abar_t,  # alphas_cumprod at the pictures' steps, number or (b,)
-    prediction="epsilon",  # what pred is, one of PREDICTIONS
+    abar_t: float | torch.Tensor,  # alphas_cumprod at the pictures' steps, number or (b,)
+    prediction: str = "epsilon",  # what pred is, one of PREDICTIONS
 ) -> torch.Tensor:  # the velocity it implies (b,c,h,w)
     "Convert a prediction to the velocity that it implies."
     if prediction == "v_prediction":
@@ -169,9 +168,9 @@ def to_v(
     a, s = amplitudes(abar_t, xt)
     return (a * xt - to_x0(xt, pred, abar_t, prediction)) / s
 
-# %% ../../nbs/01_noise/01_schedule.ipynb #b259bba6
+# %% ../../nbs/01_noise/01_schedule.ipynb #196a4703
 def remap_t(
-    t,  # step of the source schedule, number or tensor, may be fractional
+    t: float | torch.Tensor,  # step of the source schedule, number or tensor, may be fractional
     source: Schedule,  # schedule that makes the noise
     target: Schedule,  # schedule that the model knows
 ) -> torch.Tensor:  # fractional step of the target with the same log-SNR, clipped to its range
@@ -185,4 +184,5 @@ def share_clipped(
 ) -> float:  # share of the source's steps whose noise the target never reaches, in [0,1]
     "Count the steps that `remap_t` had to clip."
     low, high = target.log_snr[-1], target.log_snr[0]
-    return ((source.log_snr < low - 1e-9) | (source.log_snr > high + 1e-9)).double().mean().item()
+    outside = (source.log_snr < low - 1e-9) | (source.log_snr > high + 1e-9)
+    return outside.double().mean().item()

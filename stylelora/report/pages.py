@@ -7,13 +7,14 @@ __all__ = ['CODE', 'REDUCE', 'FIND', 'TAG', 'REFERENCES', 'MATH', 'outside_code'
            'parse_field', 'show', 'find_value', 'as_table', 'find_table', 'find_interval', 'find_recipes', 'fill',
            'read_bib', 'surnames', 'cite', 'reference_list', 'set_math', 'split_front', 'resolve']
 
-# %% ../../nbs/10_report/02_pages.ipynb #6d2ef655
+# %% ../../nbs/10_report/02_pages.ipynb #ad3ab1d5
 import re, shlex
+from collections.abc import Callable, Iterable
 from pathlib import Path
 import pandas as pd
 from ..core import read_json
 
-# %% ../../nbs/10_report/02_pages.ipynb #a3c7dc1b
+# %% ../../nbs/10_report/02_pages.ipynb #3dca3c3c
 CODE = re.compile(
     r"^[ \t]*(?P<f>`{3,}|~{3,})[^\n]*\n.*?^[ \t]*(?P=f)[ \t]*$"  # a fenced block
     r"|(?<!`)(?P<q>`+)(?!`)(?:(?!\n\n).)+?(?<!`)(?P=q)(?!`)",
@@ -22,8 +23,8 @@ CODE = re.compile(
 
 
 def outside_code(
-    text,  # Markdown
-    change,  # function from prose to prose
+    text: str,  # Markdown
+    change: Callable,  # function from prose to prose
 ) -> str:  # Markdown with the prose changed
     "Apply a function to the prose of a page, and not to its code."
     out, at = [], 0
@@ -32,10 +33,10 @@ def outside_code(
         at = m.end()
     return "".join([*out, change(text[at:])])
 
-# %% ../../nbs/10_report/02_pages.ipynb #1aefcb9d
+# %% ../../nbs/10_report/02_pages.ipynb #efc2fa56
 def read_results(
-    path,  # .json, .parquet or .csv
-):  # dict or list for JSON, else a DataFrame
+    path: str | Path,  # .json, .parquet or .csv
+) -> object:  # dict or list for JSON, else a DataFrame
     "Read a file of results."
     path = Path(path)
     readers = {".json": read_json, ".parquet": pd.read_parquet, ".csv": pd.read_csv}
@@ -45,11 +46,11 @@ def read_results(
         raise FileNotFoundError(f"{path.name} is not in {path.parent.name}/: run what writes it (make study)")
     return readers[path.suffix](path)
 
-# %% ../../nbs/10_report/02_pages.ipynb #062c73e8
+# %% ../../nbs/10_report/02_pages.ipynb #918b1315
 def dig(
-    data,  # nested dicts and lists
-    path,  # keys joined by dots; a list of records is searched by `name`, or by position
-):  # the value there
+    data: object,  # nested dicts and lists
+    path: str,  # keys joined by dots; a list of records is searched by `name`, or by position
+) -> object:  # the value there
     "Follow a dotted path into JSON data."
     for key in path.split("."):
         if isinstance(data, list):
@@ -61,13 +62,13 @@ def dig(
         data = data[key]
     return data
 
-# %% ../../nbs/10_report/02_pages.ipynb #fb6c678e
+# %% ../../nbs/10_report/02_pages.ipynb #df9ff3bc
 REDUCE = ("mean", "median", "min", "max", "sum", "std", "count", "nunique")  # methods of a pandas column
 
 
 def need_columns(
-    table,  # DataFrame
-    names,  # columns that a placeholder asks for
+    table: pd.DataFrame,  # DataFrame
+    names: Iterable,  # columns that a placeholder asks for
 ):
     "Refuse a column that a table does not have, listing those it has."
     if lost := [n for n in names if n not in table]:
@@ -75,8 +76,8 @@ def need_columns(
 
 
 def choose(
-    table,  # DataFrame
-    conditions,  # texts like 'recipe==L1'
+    table: pd.DataFrame,  # DataFrame
+    conditions: Iterable,  # texts like 'recipe==L1'
 ) -> pd.DataFrame:  # the rows that fulfil all of them; ValueError when none does
     "Keep the rows of a table that fulfil some equalities."
     for condition in conditions:
@@ -88,9 +89,9 @@ def choose(
             raise ValueError(f"no row has {condition}; {column} is one of {', '.join(sorted(set(seen)))}")
     return table
 
-# %% ../../nbs/10_report/02_pages.ipynb #31cea7c7
+# %% ../../nbs/10_report/02_pages.ipynb #b1bfb0d4
 def parse_field(
-    word,  # 'selector', 'selector:format' or 'selector:format=heading'
+    word: str,  # 'selector', 'selector:format' or 'selector:format=heading'
 ) -> tuple:  # selector, format, heading
     "Split a field of a placeholder into what, how, and under which heading."
     left, _, heading = word.partition("=")
@@ -99,8 +100,8 @@ def parse_field(
 
 
 def show(
-    value,  # anything from a results file
-    form="",  # Python format, such as '.2f'
+    value: object,  # anything from a results file
+    form: str = "",  # Python format, such as '.2f'
 ) -> str:  # text for a page
     "Print a value: numbers by their format, yes or no for flags, a dash for what is missing."
     if isinstance(value, bool) or type(value).__name__ == "bool_":
@@ -109,10 +110,10 @@ def show(
         return "–"
     return format(value, form) if form else str(value)
 
-# %% ../../nbs/10_report/02_pages.ipynb #cd1e0e08
+# %% ../../nbs/10_report/02_pages.ipynb #2582ff99
 def find_value(
-    data,  # what `read_results` returned
-    words,  # conditions, and one field
+    data: object,  # what `read_results` returned
+    words: list,  # conditions, and one field
 ) -> str:  # the value as text
     "Look up and print the one value that a placeholder asks for."
     fields, conditions = [w for w in words if "==" not in w], [w for w in words if "==" in w]
@@ -128,9 +129,9 @@ def find_value(
     need_columns(rows, [m[2]])
     return show(getattr(rows[m[2]], m[1])(), form)
 
-# %% ../../nbs/10_report/02_pages.ipynb #7443c80c
+# %% ../../nbs/10_report/02_pages.ipynb #16c8fccc
 def as_table(
-    data,  # DataFrame, list of records, or records by name
+    data: object,  # DataFrame, list of records, or records by name
 ) -> pd.DataFrame:  # the records as rows
     "Make a table of what a JSON file holds."
     if isinstance(data, pd.DataFrame):
@@ -141,10 +142,10 @@ def as_table(
         raise ValueError("a table needs a list of records; choose a part of the file with file.json#path")
     return pd.DataFrame(data, dtype=object)
 
-
+# %% ../../nbs/10_report/02_pages.ipynb #a30c1b83
 def find_table(
-    data,  # what `read_results` returned
-    words,  # conditions, and fields; no fields: all columns
+    data: object,  # what `read_results` returned
+    words: list,  # conditions, and fields; no fields: all columns
 ) -> str:  # a pipe table
     "Write the table that a placeholder asks for as Markdown."
     rows = choose(as_table(data), [w for w in words if "==" in w])
@@ -154,20 +155,21 @@ def find_table(
     def text(v, form):
         return show(v, form if isinstance(v, (int, float)) else "").replace("|", "\\|")
 
-    cells = [[text(r[c], form) for c, form, _ in fields] for r in rows.to_dict("records")]
-    line = lambda texts: "| " + " | ".join(texts) + " |"
-    rule = ["--:" if f else "---" for _, f, _ in fields]
-    return "\n".join(map(line, [[h for *_, h in fields], rule, *cells]))
+    lines = [[heading for *_, heading in fields], ["--:" if form else "---" for _, form, _ in fields]]
+    for r in rows.to_dict("records"):
+        lines.append([text(r[c], form) for c, form, _ in fields])
+    return "\n".join("| " + " | ".join(texts) + " |" for texts in lines)
 
-# %% ../../nbs/10_report/02_pages.ipynb #e7d5816d
+# %% ../../nbs/10_report/02_pages.ipynb #d356533f
 def find_interval(
-    data,  # tidy results
-    words,  # conditions, among them recipe==… and perhaps baseline==…; the metric; `short` leaves out words
+    data: object,  # tidy results
+    words: list,  # recipe==…, perhaps baseline==… and other conditions; the metric; `short` for no words
 ) -> str:  # an estimate with its interval
     "Print the mean of a recipe, or its difference to a baseline, with its interval."
     from stylelora.study.results import value
 
-    given, fields = dict(w.split("==", 1) for w in words if "==" in w), [w for w in words if "==" not in w]
+    given = dict(w.split("==", 1) for w in words if "==" in w)
+    fields = [w for w in words if "==" not in w]
     if "recipe" not in given or not fields:
         raise ValueError("an interval needs recipe==… and the name of a metric")
     rows = choose(data, [f"{k}=={v}" for k, v in given.items() if k not in ("recipe", "baseline")])
@@ -175,8 +177,8 @@ def find_interval(
 
 
 def find_recipes(
-    data,  # tidy results
-    words,  # conditions, and names of metrics
+    data: object,  # tidy results
+    words: list,  # conditions, and names of metrics
 ) -> str:  # a pipe table: floors, recipes, ceilings
     "Write the table of all recipes with intervals."
     from stylelora.study.results import markdown, table
@@ -184,14 +186,14 @@ def find_recipes(
     rows = choose(data, [w for w in words if "==" in w])
     return markdown(table(rows, [w for w in words if "==" not in w]))
 
-# %% ../../nbs/10_report/02_pages.ipynb #d9e7107d
+# %% ../../nbs/10_report/02_pages.ipynb #b835d40b
 FIND = dict(value=find_value, table=find_table, interval=find_interval, recipes=find_recipes)
 TAG = re.compile(r"\{\{(" + "|".join(FIND) + r")\s+([^{}]*?)\s*\}\}")
 
 
 def fill(
-    text,  # Markdown with placeholders
-    results,  # folder of the results
+    text: str,  # Markdown with placeholders
+    results: str | Path,  # folder of the results
 ) -> str:  # Markdown without them
     "Replace the placeholders of a page by values and tables from the results."
 
@@ -206,9 +208,9 @@ def fill(
 
     return TAG.sub(one, text)
 
-# %% ../../nbs/10_report/02_pages.ipynb #afecd21a
+# %% ../../nbs/10_report/02_pages.ipynb #18233d5c
 def read_bib(
-    path,  # BibTeX file, one field per line, each entry closed by a brace in a line of its own
+    path: str | Path,  # BibTeX file, one field per line, each entry closed by a brace in a line of its own
 ) -> dict:  # key -> fields
     "Read the bibliography."
     entries = {}
@@ -220,21 +222,21 @@ def read_bib(
         entries[key] = {k: re.sub(r"[{}]", "", v) for k, v in fields.items()}
     return entries
 
-# %% ../../nbs/10_report/02_pages.ipynb #86fc7b9a
+# %% ../../nbs/10_report/02_pages.ipynb #ad01ae2b
 REFERENCES = "/reports/references.qmd"  # the page that lists the bibliography
 
 
 def surnames(
-    entry,  # fields of one entry
+    entry: dict,  # fields of one entry
 ) -> str:  # 'Ho', 'Ho & Jain' or 'Ho et al.'
     "Name the authors of an entry as a citation does."
     names = [a.split(",")[0].strip() for a in entry["author"].split(" and ")]
     return names[0] + (" et al." if len(names) > 2 else " & ".join(["", *names[1:]]))
 
-
+# %% ../../nbs/10_report/02_pages.ipynb #1203da4b
 def cite(
-    text,  # prose
-    bib,  # key -> fields
+    text: str,  # prose
+    bib: dict,  # key -> fields
 ) -> str:  # prose with links
     "Turn citations into links to the page of references."
 
@@ -251,9 +253,9 @@ def cite(
     known = "|".join(map(re.escape, sorted(bib, key=len, reverse=True)))
     return re.sub(rf"(?<![\w.\[/-])@(?P<key>{known})\b", link, text) if known else text
 
-# %% ../../nbs/10_report/02_pages.ipynb #d35f9308
+# %% ../../nbs/10_report/02_pages.ipynb #193344a6
 def reference_list(
-    bib,  # key -> fields
+    bib: dict,  # key -> fields
 ) -> str:  # Markdown, one block with an anchor per entry
     "Write the list of references, sorted by authors and year."
 
@@ -267,16 +269,16 @@ def reference_list(
     order = sorted(bib.items(), key=lambda item: (item[1]["author"], item[1]["year"]))
     return "\n\n".join(one(k, e) for k, e in order)
 
-# %% ../../nbs/10_report/02_pages.ipynb #7cfccbee
+# %% ../../nbs/10_report/02_pages.ipynb #3a17ba05
 MATH = re.compile(
     r"\$\$(?P<block>.+?)\$\$"  # displayed
     r"|(?<![\\$\w])\$(?=\S)(?P<line>(?:[^$\n]|\n(?!\s*\n))*?(?<=[^\s\\]))\$(?![\d$])",
     re.S,
 )
 
-
+# %% ../../nbs/10_report/02_pages.ipynb #69833342
 def set_math(
-    text,  # prose with LaTeX between dollar signs
+    text: str,  # prose with LaTeX between dollar signs
 ) -> str:  # prose with MathML
     "Convert the formulas of a page to MathML."
     try:
@@ -295,9 +297,9 @@ def set_math(
 
     return MATH.sub(one, text)
 
-# %% ../../nbs/10_report/02_pages.ipynb #98b5f41d
+# %% ../../nbs/10_report/02_pages.ipynb #902c5097
 def split_front(
-    text,  # a page
+    text: str,  # a page
 ) -> tuple:  # front matter with its fences, and the rest
     "Separate the YAML front matter of a page from its body."
     m = re.match(r"---\n.*?\n---\n", text, re.S)
@@ -305,9 +307,9 @@ def split_front(
 
 
 def resolve(
-    text,  # a page in Markdown
-    results,  # folder of the results
-    bib,  # key -> fields
+    text: str,  # a page in Markdown
+    results: str | Path,  # folder of the results
+    bib: dict,  # key -> fields
 ) -> str:  # the page in plain Markdown with HTML formulas
     "Resolve everything in a page that a renderer might not know."
     front, body = split_front(text)

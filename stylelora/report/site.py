@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'WIDGET', 'COMMANDS', 'RAW', 'quoted', 'split_directives', 'clean_outputs', 'alt_text', 'source_of',
-           'code_page', 'front_of', 'notebook_page', 'write_out', 'read_config', 'mend_links', 'stage', 'page_text',
+           'code_page', 'front_of', 'notebook_page', 'write_out', 'read_config', 'mend_links', 'page_text', 'stage',
            'find_renderer', 'render', 'PageReader', 'local_target', 'check_page', 'check_site', 'build_site']
 
-# %% ../../nbs/10_report/03_site.ipynb #be7ae94c
+# %% ../../nbs/10_report/03_site.ipynb #7c441ea1
 import importlib.util, json, os, re, shutil, subprocess, sys, tempfile, time
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -16,12 +17,12 @@ import yaml
 from ..core import human_time, root, write_atomic
 from .pages import read_bib, resolve
 
-# %% ../../nbs/10_report/03_site.ipynb #a70fd258
+# %% ../../nbs/10_report/03_site.ipynb #ad33bc01
 KEEP = ("label", "fig-cap", "fig-alt", "tbl-cap", "echo", "output", "include", "code-fold", "code-summary")
 
 
 def quoted(
-    directive,  # such as '#| fig-cap: Text'
+    directive: str,  # such as '#| fig-cap: Text'
 ) -> str:  # the same with its value in quotation marks, where YAML needs them
     "Quote the value of a directive that YAML could not read, such as a caption with a colon."
     key, _, value = directive[2:].partition(":")
@@ -33,22 +34,23 @@ def quoted(
 
 
 def split_directives(
-    source,  # source of a code cell
+    source: str,  # source of a code cell
 ) -> tuple:  # directives for the renderer, names of the other directives, code
     "Separate the directives of a cell from its code."
     lines = source.split("\n")
     marks = [l for l in lines if l.startswith("#|")]
     keep = [m for m in marks if m[2:].split(":")[0].strip() in KEEP]
     names = {m[2:].split()[0] for m in marks if m not in keep and m[2:].split()}
-    return [quoted(m) for m in keep], names, "\n".join(l for l in lines if not l.startswith("#|")).strip("\n")
+    code = [l for l in lines if not l.startswith("#|")]
+    return [quoted(m) for m in keep], names, "\n".join(code).strip("\n")
 
-# %% ../../nbs/10_report/03_site.ipynb #4b85d3a4
+# %% ../../nbs/10_report/03_site.ipynb #bd1a9cb3
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def clean_outputs(
-    outputs,  # outputs of a code cell, as in the file
-    where="",  # name of the notebook, for the message
+    outputs: list,  # outputs of a code cell, as in the file
+    where: str = "",  # name of the notebook, for the message
 ) -> list:  # those that belong on a page
     "Drop what a page should not show, and refuse stored errors."
     if bad := [o for o in outputs if o["output_type"] == "error"]:
@@ -56,10 +58,10 @@ def clean_outputs(
         raise ValueError(f"{where}: a stored output is {error}; run the notebook again")
     return [o for o in outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
 
-# %% ../../nbs/10_report/03_site.ipynb #93bb3b05
+# %% ../../nbs/10_report/03_site.ipynb #65be4b25
 def alt_text(
-    prose,  # Markdown before the figure
-    limit=160,  # characters
+    prose: str,  # Markdown before the figure
+    limit: int = 160,  # characters
 ) -> str:  # one sentence of plain text
     "Take the sentence that introduces a figure as its alternative text."
     plain = re.sub(r"```.*?```|<[^>]*>|\$[^$]*\$|[`*_]|^[>#|-][^\n]*", "", prose, flags=re.S | re.M)
@@ -68,19 +70,19 @@ def alt_text(
     sentence = re.split(r"(?<=[.:!?])\s", " ".join(last.split()))[-1].rstrip(":")
     return sentence if len(sentence) <= limit else sentence[:limit].rsplit(" ", 1)[0] + " …"
 
-# %% ../../nbs/10_report/03_site.ipynb #4ea0051e
+# %% ../../nbs/10_report/03_site.ipynb #4ebde790
 def source_of(
-    cell,  # a cell as in the file
+    cell: dict,  # a cell as in the file
 ) -> str:  # its source
     "Join the source of a cell, which a file may hold as a list of lines."
     return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
 
 
 def code_page(
-    cell,  # a code cell
-    prose,  # the Markdown before it
-    where,  # name of the notebook
-):  # the cell as a page shows it, or None when the page does not
+    cell: dict,  # a code cell
+    prose: str,  # the Markdown before it
+    where: str,  # name of the notebook
+) -> dict | None:  # the cell as a page shows it, or None when the page does not
     "Prepare a code cell: no foreign directives, clean outputs, a text for a picture."
     keep, names, code = split_directives(source_of(cell))
     if not code or names & {"hide", "default_exp"}:
@@ -91,10 +93,10 @@ def code_page(
         keep.append(f"#| fig-alt: {json.dumps(alt_text(prose), ensure_ascii=False)}")
     return {**cell, "source": "\n".join([*keep, code]), "outputs": outputs}
 
-# %% ../../nbs/10_report/03_site.ipynb #1f5f47bf
+# %% ../../nbs/10_report/03_site.ipynb #d05f536e
 def front_of(
-    text,
-    mark="",  # the first Markdown cell of a notebook; what tells it from others of that title
+    text: str,  # the first Markdown cell of a notebook
+    mark: str = "",  # what tells it from others of that title
 ) -> tuple:  # front matter as YAML, and the rest of the cell
     "Turn the head of a notebook into front matter."
     m = re.match(rf"\s*# ([^\n]+?)(?: \({re.escape(mark)}\))?\n+(?:> ([^\n]+)\n*)?", text + "\n")
@@ -104,11 +106,11 @@ def front_of(
     lines = [f"{k}: {json.dumps(t, ensure_ascii=False)}" for k, t in zip(("title", "subtitle"), plain) if t]
     return "---\n" + "\n".join(lines) + "\n---\n", (text + "\n")[m.end() :].strip()
 
-# %% ../../nbs/10_report/03_site.ipynb #6af75d05
+# %% ../../nbs/10_report/03_site.ipynb #3095aaa8
 def notebook_page(
-    path,
-    results,
-    bib,  # .ipynb; folder of the results; bibliography
+    path: Path,  # .ipynb
+    results: Path,  # folder of the results
+    bib: dict,  # bibliography
 ) -> str:  # the page as notebook JSON
     "Prepare a notebook for a renderer; its stored outputs stay, nothing is executed."
     nb, cells, prose = json.loads(Path(path).read_text(encoding="utf-8")), [], ""
@@ -126,11 +128,11 @@ def notebook_page(
             cells.append(page)
     return json.dumps({**nb, "cells": cells}, ensure_ascii=False)
 
-# %% ../../nbs/10_report/03_site.ipynb #a885f861
+# %% ../../nbs/10_report/03_site.ipynb #b9b7ad28
 def write_out(
-    entry,  # any part of the configuration
-    folder,  # the repository
-):  # the same with file patterns written out, and without empty sections
+    entry: object,  # any part of the configuration
+    folder: Path,  # the repository
+) -> object:  # the same with file patterns written out, and without empty sections
     "Replace the patterns in a configuration by the files that match, in order."
     if isinstance(entry, dict):
         return {k: write_out(v, folder) for k, v in entry.items()}
@@ -144,21 +146,21 @@ def write_out(
             out.append(write_out(e, folder))
     return [e for e in out if not (isinstance(e, dict) and e.get("contents") == [])]
 
-# %% ../../nbs/10_report/03_site.ipynb #f7608c28
+# %% ../../nbs/10_report/03_site.ipynb #05343ec7
 def read_config(
-    folder,  # the repository
-    renderer="quarto",  # 'quarto' or 'smalldocs'
+    folder: Path,  # the repository
+    renderer: str = "quarto",  # 'quarto' or 'smalldocs'
 ) -> dict:  # the configuration, with the pages written out
     "Read `_quarto.yml` as a renderer should see it."
     config = write_out(yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8")), folder)
     drop = ("bibliography", "execute") if renderer == "smalldocs" else ("bibliography",)
     return {k: v for k, v in config.items() if k not in drop}
 
-# %% ../../nbs/10_report/03_site.ipynb #b4731a8b
+# %% ../../nbs/10_report/03_site.ipynb #0bccf140
 def mend_links(
-    text,
-    page,  # a page, or a notebook as JSON; its name, relative to the repository
-    pages,  # names of all pages
+    text: str,  # a page, or a notebook as JSON
+    page: str,  # its name, relative to the repository
+    pages: list,  # names of all pages
 ) -> str:  # the same with links to notebooks that exist
     "Point links to notebooks at where the site has them."
 
@@ -175,11 +177,25 @@ def mend_links(
 
     return re.sub(r"\]\(([^()#:\s]+\.ipynb)", one, text)
 
-# %% ../../nbs/10_report/03_site.ipynb #d550cd40
+# %% ../../nbs/10_report/03_site.ipynb #9e6ce9ea
+def page_text(
+    path: Path,  # .qmd, .md or .ipynb
+    results: Path,  # folder of the results
+    bib: dict,  # bibliography
+) -> str:  # the page, resolved
+    "Resolve a page, and name it when that fails."
+    try:
+        if path.suffix == ".ipynb":
+            return notebook_page(path, results, bib)
+        return resolve(path.read_text(encoding="utf-8"), results, bib)
+    except ValueError as e:
+        raise ValueError(f"{path.name}: {e}") from None
+
+# %% ../../nbs/10_report/03_site.ipynb #408fa0c7
 def stage(
-    source,
-    target,  # the repository, and an empty folder
-    renderer="quarto",  # 'quarto' or 'smalldocs'
+    source: Path,  # the repository
+    target: Path,  # an empty folder
+    renderer: str = "quarto",  # 'quarto' or 'smalldocs'
 ) -> list:  # the pages, relative to the folder
     "Write a copy of the site's sources in which everything is resolved."
     config = read_config(source, renderer)
@@ -193,21 +209,7 @@ def stage(
     write_atomic(target / "_quarto.yml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return pages
 
-
-def page_text(
-    path,
-    results,
-    bib,  # .qmd, .md or .ipynb; folder of the results; bibliography
-) -> str:  # the page, resolved
-    "Resolve a page, and name it when that fails."
-    try:
-        if path.suffix == ".ipynb":
-            return notebook_page(path, results, bib)
-        return resolve(path.read_text(encoding="utf-8"), results, bib)
-    except ValueError as e:
-        raise ValueError(f"{path.name}: {e}") from None
-
-# %% ../../nbs/10_report/03_site.ipynb #069cb502
+# %% ../../nbs/10_report/03_site.ipynb #03fbf147
 COMMANDS = dict(
     quarto=["quarto", "render", "."],
     smalldocs=[sys.executable, "-m", "smalldocs.cli", "render", ".", "--strict", "--quiet"],
@@ -215,7 +217,7 @@ COMMANDS = dict(
 
 
 def find_renderer(
-    name="auto",  # 'auto', 'quarto' or 'smalldocs'
+    name: str = "auto",  # 'auto', 'quarto' or 'smalldocs'
 ) -> str:  # 'quarto' or 'smalldocs'
     "Choose the renderer: Quarto where it is installed, else smalldocs."
     if name not in ("auto", *COMMANDS):
@@ -227,10 +229,10 @@ def find_renderer(
         raise FileNotFoundError(f"{name} is not installed here; try `pip install smalldocs`")
     return name
 
-
+# %% ../../nbs/10_report/03_site.ipynb #40a37330
 def render(
-    folder,  # staged pages
-    renderer,  # 'quarto' or 'smalldocs'
+    folder: str | Path,  # staged pages
+    renderer: str,  # 'quarto' or 'smalldocs'
 ) -> Path:  # the folder of the site
     "Run the renderer on staged pages."
     done = subprocess.run(COMMANDS[renderer], cwd=folder, capture_output=True, text=True)
@@ -239,7 +241,7 @@ def render(
         raise RuntimeError(f"{renderer} failed:\n{said[-2000:]}")
     return Path(folder) / "_site"
 
-# %% ../../nbs/10_report/03_site.ipynb #cc8cdb02
+# %% ../../nbs/10_report/03_site.ipynb #8f26bc97
 class PageReader(HTMLParser):
     "Collect links, pictures, anchors and prose of a page."
 
@@ -252,8 +254,7 @@ class PageReader(HTMLParser):
         "Note what a tag refers to."
         a = dict(attrs)
         self.skip += tag in ("code", "pre", "script", "style")
-        if "id" in a:
-            self.ids.add(a["id"])
+        self.ids |= {a["id"]} if "id" in a else set()
         if tag == "a" and a.get("href"):
             self.links.append(a["href"])
         if tag == "img":
@@ -265,17 +266,16 @@ class PageReader(HTMLParser):
 
     def handle_data(self, data):
         "Keep prose."
-        if not self.skip:
-            self.prose.append(data)
+        self.prose += [] if self.skip else [data]
 
-# %% ../../nbs/10_report/03_site.ipynb #04de2738
+# %% ../../nbs/10_report/03_site.ipynb #19d00e72
 RAW = ("@fig-", "@tbl-", "@eq-", "[@", "{{", "$$", "Traceback (most recent call last)")
 
 
 def local_target(
-    href,  # link as written
-    page,  # file that it is written in
-):  # file and anchor it leads to, or None for a link out of the site
+    href: str,  # link as written
+    page: Path,  # file that it is written in
+) -> tuple | None:  # file and anchor it leads to, or None for a link out of the site
     "Find the file that a link leads to."
     url = urlsplit(href)
     if url.scheme or url.netloc:
@@ -283,10 +283,10 @@ def local_target(
     file = (page.parent / unquote(url.path)).resolve() if url.path else page.resolve()
     return (file / "index.html" if file.is_dir() else file), unquote(url.fragment)
 
-
+# %% ../../nbs/10_report/03_site.ipynb #11fb8f04
 def check_page(
-    page,  # an .html file
-    read,  # function from a file to its PageReader
+    page: Path,  # an .html file
+    read: Callable,  # function from a file to its PageReader
 ) -> list:  # one line per problem
     "List what is wrong with a page of the site."
     seen, out = read(page), []
@@ -299,9 +299,9 @@ def check_page(
     out += [f"picture {src[:60]} has no alternative text" for src, alt in seen.images if not alt]
     return out + [f"{mark!r} is left in the text" for mark in RAW if mark in "".join(seen.prose)]
 
-# %% ../../nbs/10_report/03_site.ipynb #9222f4c3
+# %% ../../nbs/10_report/03_site.ipynb #6110f687
 def check_site(
-    folder,  # a built site
+    folder: str | Path,  # a built site
 ) -> list:  # one line per problem, each with its page
     "List the broken links, missing pictures and marks left in the text of a whole site."
     readers, folder = {}, Path(folder)
@@ -316,12 +316,12 @@ def check_site(
         raise FileNotFoundError(f"{folder} has no pages; build the site first (make report)")
     return [f"{p.relative_to(folder)}: {line}" for p in pages for line in check_page(p, read)]
 
-# %% ../../nbs/10_report/03_site.ipynb #698fdf40
+# %% ../../nbs/10_report/03_site.ipynb #798be40b
 def build_site(
-    out=None,  # folder of the site; None: `_site` in the repository
-    renderer="auto",  # 'auto', 'quarto' or 'smalldocs'
-    source=None,  # the repository; None: this one
-    say=print,  # where progress goes
+    out: str | Path | None = None,  # folder of the site; None: `_site` in the repository
+    renderer: str = "auto",  # 'auto', 'quarto' or 'smalldocs'
+    source: Path | None = None,  # the repository; None: this one
+    say: Callable = print,  # where progress goes
 ) -> Path:  # the folder of the site
     "Build the website from pages, notebooks and results; nothing is executed."
     source, renderer, start = Path(source or root()), find_renderer(renderer), time.time()

@@ -4,32 +4,33 @@
 
 # %% auto #0
 __all__ = ['list_jobs', 'image_generator', 'draw_latents', 'read_size', 'picture_size', 'as_images', 'kept_steps', 'Images',
-           'Settings', 'plan_denoising', 'draw_batch', 'pair_negatives', 'generate', 'kind_of', 'start_picture',
-           'write_grid']
+           'Settings', 'assign_images', 'plan_denoising', 'draw_batch', 'pair_negatives', 'generate', 'kind_of',
+           'start_picture', 'write_grid']
 
-# %% ../../nbs/06_sample/02_generate.ipynb #f8e29585
+# %% ../../nbs/06_sample/02_generate.ipynb #8117f8ec
 import io, time, torch
 import numpy as np
 import pandas as pd
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from numbers import Integral
+from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
-from pathlib import Path
 from ..models.base import Base, decode, denoiser, encode_image, encode_text, to_uint8
 from ..core import generator, pick_precision, randn_each, slug, write_atomic, write_json
-from .samplers import pick_sampler
-from ..noise.schedule import as_schedule
+from .samplers import Sampler, noise_source, pick_sampler
+from ..noise.schedule import Schedule, as_schedule
 from ..train.step import arithmetic
 from ..data.folder import open_image
 from ..plots import canvas
 
-# %% ../../nbs/06_sample/02_generate.ipynb #b97773b6
+# %% ../../nbs/06_sample/02_generate.ipynb #f10d5673
 def list_jobs(
-    prompts,  # a text or a list of n texts
-    seeds=0,  # a seed, a list of seeds for every prompt, or n lists of seeds
+    prompts: str | Sequence,  # a text or a list of n texts
+    seeds: int | str | Sequence = 0,  # a seed, a list of seeds for every prompt, or n lists of seeds
 ) -> list:  # (prompt, seed) for each picture, prompt by prompt
     "Pair prompts with seeds."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -37,45 +38,46 @@ def list_jobs(
     own = any(isinstance(s, (list, tuple, range)) for s in seeds)
     if own and len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} lists of seeds, {len(prompts)} prompts; pass one each or a flat list")
-    jobs = [(p, s) for p, ss in zip(prompts, seeds if own else [seeds] * len(prompts)) for s in ss]
+    each = seeds if own else [seeds] * len(prompts)
+    jobs = [(prompt, seed) for prompt, its_seeds in zip(prompts, each) for seed in its_seeds]
     if not jobs:
         raise ValueError("nothing to draw: pass at least one prompt and one seed")
     return jobs
 
 
 def image_generator(
-    seed,  # whole number, as in other programs, or anything that prints
+    seed: object,  # whole number, as in other programs, or anything that prints
 ) -> torch.Generator:  # cpu generator of one picture
     "Start the generator that belongs to one picture."
     if isinstance(seed, Integral):
         return torch.Generator().manual_seed(int(seed))
     return generator("image", seed)
 
-# %% ../../nbs/06_sample/02_generate.ipynb #db1f7667
+# %% ../../nbs/06_sample/02_generate.ipynb #0df1f6f9
 @torch.no_grad()
 def draw_latents(
-    model,  # callable model(x, sigma) -> x0_hat
-    sampler,  # a Sampler, see `pick_sampler`
-    sigmas,  # descending noise levels (n+1,)
-    generators,  # one cpu torch.Generator per picture, b of them
-    shape,  # shape of one latent (c,h,w)
-    start=None,  # latents to start from (b,c,h,w); None starts from pure noise
-    device="cpu",  # where to compute
-    eta=None,  # share of fresh noise; None is the sampler's custom
-    callback=None,  # see `sample.ask`
+    model: Callable,  # model(x, sigma) -> x0_hat
+    sampler: Sampler,  # see `pick_sampler`
+    sigmas: torch.Tensor,  # descending noise levels (n+1,)
+    generators: Sequence,  # one cpu torch.Generator per picture, b of them
+    shape: tuple,  # shape of one latent (c,h,w)
+    start: torch.Tensor | None = None,  # latents to start from (b,c,h,w); None starts from pure noise
+    device: str | torch.device = "cpu",  # where to compute
+    eta: float | None = None,  # share of fresh noise; None is the sampler's custom
+    callback: Callable | None = None,  # see `stylelora.sample.samplers.predict`
 ) -> torch.Tensor:  # latents (b,c,h,w) of unit variance
     "Walk from noise, or from noisy latents, to clean latents."
     noise = randn_each(shape, generators, device)
     x = noise * sampler.start(sigmas[0]) if start is None else start + float(sigmas[0]) * noise
-    source = sampler.noise(shape, generators, sigmas, device, x.dtype)
+    source = noise_source(sampler, shape, generators, sigmas, device, x.dtype)
     more = {} if eta is None else dict(eta=eta)
     x = sampler.run(model, x, sigmas, noise_sampler=source, callback=callback, **more)
     return x / (1 + float(sigmas[-1]) ** 2) ** 0.5
 
-# %% ../../nbs/06_sample/02_generate.ipynb #39568638
+# %% ../../nbs/06_sample/02_generate.ipynb #d8799f38
 def read_size(
-    size,  # pixels of a side, (height, width), words such as '768x512' with the width first, or None
-) -> tuple:  # (height, width), or None
+    size: object,  # pixels of a side, (height, width), words such as '768x512' with the width first, or None
+) -> tuple | None:  # (height, width), or None
     "Read the size of a picture."
     if size is None:
         return None
@@ -90,8 +92,8 @@ def read_size(
 
 
 def picture_size(
-    base,  # the Base
-    size=None,  # see `read_size`; None: as the base was trained
+    base: Base,  # the base model
+    size: object = None,  # see `read_size`; None: as the base was trained
 ) -> tuple:  # height and width in pixels
     "Check the size of a picture that a base is asked for."
     pair = read_size(size) or (base.size, base.size)
@@ -99,11 +101,11 @@ def picture_size(
         raise ValueError(f"size={size!r}; this base draws whole multiples of {base.scale_factor} pixels")
     return pair
 
-# %% ../../nbs/06_sample/02_generate.ipynb #563cd5a0
+# %% ../../nbs/06_sample/02_generate.ipynb #07715001
 def as_images(
-    images,  # bytes (n,h,w,3) or (h,w,3), or a tensor (n,3,h,w) in [-1,1]
-    height,  # of the pictures to draw
-    width,  # of the pictures to draw
+    images: np.ndarray | torch.Tensor,  # bytes (n,h,w,3) or (h,w,3), or a tensor (n,3,h,w) in [-1,1]
+    height: int,  # of the pictures to draw, in pixels
+    width: int,  # of the pictures to draw, in pixels
 ) -> torch.Tensor:  # (n,3,height,width) in [-1,1]
     "Accept pictures to start from."
     if not isinstance(images, torch.Tensor):
@@ -115,10 +117,10 @@ def as_images(
         raise ValueError(f"images of shape {tuple(images.shape)}; resize them to (n,3,{height},{width})")
     return images
 
-
+# %% ../../nbs/06_sample/02_generate.ipynb #777d18a5
 def kept_steps(
-    n,  # number of steps
-    strength,  # share of the steps to walk, in (0,1]
+    n: int,  # number of steps
+    strength: float,  # share of the steps to walk, in (0,1]
 ) -> int:  # steps that are walked
     "Compute how many steps an image-to-image walk takes."
     if not 0 < strength <= 1:
@@ -127,18 +129,18 @@ def kept_steps(
         raise ValueError(f"strength={strength} of {n} steps is no step at all; use more of either")
     return kept
 
-# %% ../../nbs/06_sample/02_generate.ipynb #7d9dee29
+# %% ../../nbs/06_sample/02_generate.ipynb #d4174372
 @dataclass
 class Images:
     "Hold drawn pictures and what is known about each."
 
     images: np.ndarray  # bytes (n,h,w,3)
-    table: pd.DataFrame  # prompt, seed, sampler, spacing, steps, strength, cfg, nfe, passes, seconds; n rows
+    table: pd.DataFrame  # prompt, seed, the settings, nfe, passes, seconds; n rows
 
     def __len__(self):
         return len(self.images)
 
-    def save(self, folder):  # folder for the files; it is made
+    def save(self, folder: Path | str) -> list:  # folder for the files; it is made
         "Write one PNG per picture and `images.json` with the table; return the names."
         rows = enumerate(self.table.itertuples())
         names = [f"{i:04d}-{slug(r.prompt)[:48]}-{slug(r.seed)}.png" for i, r in rows]
@@ -148,7 +150,7 @@ class Images:
         write_json(f"{folder}/images.json", self.table.assign(file=names).to_dict("records"))
         return names
 
-# %% ../../nbs/06_sample/02_generate.ipynb #706b8313
+# %% ../../nbs/06_sample/02_generate.ipynb #2334ea3c
 @dataclass(frozen=True)
 class Settings:
     "Say how pictures are drawn; checked when made."
@@ -156,87 +158,114 @@ class Settings:
     sampler: str = "ddim"  # a name out of SAMPLERS
     num_inference_steps: int = 50  # number of steps, before `strength`
     guidance_scale: float = 7.5  # guidance scale; 1 skips the unconditional pass
-    negative_prompt: object = ""  # prompt to be guided away from, or a tuple with one for each prompt
+    negative_prompt: str | tuple = ""  # what to guide away from, a text or one for each prompt
     guidance_rescale: float = 0.0  # guidance rescale in [0,1]
-    timestep_spacing: str = None  # noise levels; None is the sampler's custom
-    eta: float = None  # share of fresh noise in [0,1]; None is the sampler's custom
+    timestep_spacing: str | None = None  # noise levels; None is the sampler's custom
+    eta: float | None = None  # share of fresh noise in [0,1]; None is the sampler's custom
     strength: float = 0.7  # share of the steps to walk when starting from a picture, in (0,1]
     mixed_precision: str = "float32"  # arithmetic of the U-Net: 'float32', 'bfloat16', 'float16', or 'auto'
     size: object = None  # see `read_size`; None: as the base was trained
 
     def __post_init__(self):
-        if self.eta is not None and "eta" not in signature(pick_sampler(self.sampler).run).parameters:
-            raise ValueError(f"eta={self.eta!r}: sampler {self.sampler!r} draws no fresh noise; leave it out")
-        if self.guidance_scale < 0:
-            raise ValueError(f"guidance_scale={self.guidance_scale!r}; use 1 (none) or more")
-        if self.guidance_scale == 1 and self.negative_prompt and any(self.negative_prompt):
-            raise ValueError(
-                f"negative_prompt={self.negative_prompt!r} has no effect at guidance_scale=1; use a scale above 1"
-            )
-        pick_precision(self.mixed_precision)
-        read_size(self.size)
-        self.sigmas(as_schedule("scaled_linear"))
+        _check(self)
 
-    def sigmas(self, schedule):  # the Schedule of the base
+    def sigmas(self, schedule: Schedule) -> torch.Tensor:  # the schedule of the base
         "Compute the noise levels (num_inference_steps+1,)."
         return pick_sampler(self.sampler).sigmas(schedule, self.num_inference_steps, self.timestep_spacing)
 
-# %% ../../nbs/06_sample/02_generate.ipynb #fa0386a4
+# %% ../../nbs/06_sample/02_generate.ipynb #256bf255
+def _check(how):
+    "Refuse settings that are unknown, out of range, or without effect."
+    if how.eta is not None and "eta" not in signature(pick_sampler(how.sampler).run).parameters:
+        raise ValueError(f"eta={how.eta!r}: sampler {how.sampler!r} draws no fresh noise; leave it out")
+    if how.guidance_scale < 0:
+        raise ValueError(f"guidance_scale={how.guidance_scale!r}; use 1 (none) or more")
+    if how.guidance_scale == 1 and how.negative_prompt and any(how.negative_prompt):
+        negative = f"negative_prompt={how.negative_prompt!r}"
+        raise ValueError(f"{negative} has no effect at guidance_scale=1; use a scale above 1")
+    pick_precision(how.mixed_precision)
+    read_size(how.size)
+    how.sigmas(as_schedule("scaled_linear"))
+
+# %% ../../nbs/06_sample/02_generate.ipynb #4c07da09
+def assign_images(
+    n: int,  # number of pictures to start from
+    jobs: list,  # (prompt, seed) for each picture to draw
+) -> list:  # index of the picture that each job starts from
+    "Find the picture that each job starts from."
+    prompts = list(dict.fromkeys(prompt for prompt, _ in jobs))
+    if n == len(jobs):
+        return list(range(n))
+    if n == len(prompts):
+        return [prompts.index(prompt) for prompt, _ in jobs]
+    if n == 1:
+        return [0] * len(jobs)
+    have = f"{n} images for {len(prompts)} prompts, {len(jobs)} jobs"
+    raise ValueError(f"{have}; pass one, or one each")
+
+# %% ../../nbs/06_sample/02_generate.ipynb #dd245038
 def plan_denoising(
-    base,  # the Base
-    how,  # the Settings
-    jobs,  # (prompt, seed) for each picture
-    images=None,  # None, or pictures: one for all, one per prompt, or one per job
+    base: Base,  # the base model
+    how: Settings,  # how to draw
+    jobs: list,  # (prompt, seed) for each picture
+    images: np.ndarray | torch.Tensor | None = None,  # see `as_images`; one for all, per prompt, or per job
 ) -> tuple:  # noise levels to walk (k+1,), and pictures to start from (n,3,h,w) or None
     "Find the noise levels of a walk and the pictures that it starts from."
-    sigmas, prompts = how.sigmas(base.schedule), list(dict.fromkeys(p for p, _ in jobs))
-    size, n = picture_size(base, how.size), len(jobs)
+    sigmas, size = how.sigmas(base.schedule), picture_size(base, how.size)
     if images is None:
         return sigmas, None
     images = as_images(images, *size)
-    if len(images) not in (1, len(prompts), n):
-        raise ValueError(f"{len(images)} images for {len(prompts)} prompts, {n} jobs; pass one, or one each")
-    index = {1: [0] * n, len(prompts): [prompts.index(p) for p, _ in jobs], n: list(range(n))}[len(images)]
-    return sigmas[how.num_inference_steps - kept_steps(how.num_inference_steps, how.strength) :], images[
-        index
-    ]
+    images = images[assign_images(len(images), jobs)]
+    kept = kept_steps(how.num_inference_steps, how.strength)
+    return sigmas[-1 - kept :], images
 
-# %% ../../nbs/06_sample/02_generate.ipynb #4a01f711
-def draw_batch(
-    base,
-    how,  # the Base; the Settings
-    jobs,  # (prompt, seed) for each picture of the batch
-    sigmas,  # noise levels to walk (k+1,)
-    images=None,  # pictures to start from (b,3,h,w), or None
-    callback=None,  # see `sample.ask`
-    negatives=None,  # a negative prompt for each picture; None takes that of the settings for all
-) -> tuple:  # bytes (b,h,w,3), and a table with a row per picture
-    "Draw one batch of pictures and write down what it cost."
-    began, guided = time.perf_counter(), how.guidance_scale != 1
-    away = [how.negative_prompt] if negatives is None else negatives
-    uncond = encode_text(base, away if len(set(away)) > 1 else away[:1]) if guided else None
-    model = denoiser(
-        base, encode_text(base, [p for p, _ in jobs]), uncond, how.guidance_scale, how.guidance_rescale
-    )
-    start = None if images is None else encode_image(base, images)
-    walk, seeds = pick_sampler(how.sampler), [image_generator(s) for _, s in jobs]
-    shape = base.latent_shape[0], *(n // base.scale_factor for n in picture_size(base, how.size))
-    with arithmetic(base.device, pick_precision(how.mixed_precision, base.device)):
-        latents = draw_latents(model, walk, sigmas, seeds, shape, start, base.device, how.eta, callback)
-    return to_uint8(decode(base, latents)), pd.DataFrame(jobs, columns=["prompt", "seed"]).assign(
+# %% ../../nbs/06_sample/02_generate.ipynb #8ca6baa0
+def _guided(base, how, prompts, negatives):
+    "Build the denoiser of a batch; without guidance it needs no second text."
+    uncond = None
+    if how.guidance_scale != 1:
+        away = [how.negative_prompt] if negatives is None else negatives
+        uncond = encode_text(base, away if len(set(away)) > 1 else away[:1])
+    return denoiser(base, encode_text(base, prompts), uncond, how.guidance_scale, how.guidance_rescale)
+
+
+def _bill(how, jobs, from_image, nfe):
+    "Write down what was drawn, how, and with how many calls; a row per picture."
+    return pd.DataFrame(jobs, columns=["prompt", "seed"]).assign(
         sampler=how.sampler,
         timestep_spacing=how.timestep_spacing or pick_sampler(how.sampler).timestep_spacing,
         num_inference_steps=how.num_inference_steps,
-        strength=1.0 if images is None else how.strength,
+        strength=how.strength if from_image else 1.0,
         guidance_scale=float(how.guidance_scale),
-        nfe=model.nfe,
-        passes=model.nfe * (1 + guided),
-        seconds=(time.perf_counter() - began) / len(jobs),
+        nfe=nfe,
+        passes=nfe * (2 if how.guidance_scale != 1 else 1),
     )
 
-# %% ../../nbs/06_sample/02_generate.ipynb #bdbc6bc6
+# %% ../../nbs/06_sample/02_generate.ipynb #b14c370d
+def draw_batch(
+    base: Base,  # the base model, with or without adapters
+    how: Settings,  # how to draw
+    jobs: list,  # (prompt, seed) for each picture of the batch
+    sigmas: torch.Tensor,  # noise levels to walk (k+1,)
+    images: torch.Tensor | None = None,  # pictures to start from (b,3,h,w) in [-1,1]
+    callback: Callable | None = None,  # see `stylelora.sample.samplers.predict`
+    negatives: Sequence | None = None,  # a negative prompt for each picture; None: that of the settings
+) -> tuple:  # bytes (b,h,w,3), and a table with a row per picture
+    "Draw one batch of pictures and write down what it cost."
+    began = time.perf_counter()
+    model = _guided(base, how, [prompt for prompt, _ in jobs], negatives)
+    start = None if images is None else encode_image(base, images)
+    walk, seeds = pick_sampler(how.sampler), [image_generator(seed) for _, seed in jobs]
+    shape = base.latent_shape[0], *(n // base.scale_factor for n in picture_size(base, how.size))
+    with arithmetic(base.device, pick_precision(how.mixed_precision, base.device)):
+        latents = draw_latents(model, walk, sigmas, seeds, shape, start, base.device, how.eta, callback)
+    drawn, table = to_uint8(decode(base, latents)), _bill(how, jobs, images is not None, model.nfe)
+    return drawn, table.assign(seconds=(time.perf_counter() - began) / len(jobs))
+
+# %% ../../nbs/06_sample/02_generate.ipynb #0b8973f3
 @contextmanager
 def _evaluating(net):
+    "Put a network into evaluation mode for a while."
     was = {m: m.training for m in net.modules()}
     net.eval()
     try:
@@ -247,6 +276,8 @@ def _evaluating(net):
 
 
 def _reporter(base, n, batch, bar, callback):
+    "Make the function that passes a sampler's reports on to bar and callback."
+
     def report(d):
         bar.update()
         if callback is None:
@@ -255,67 +286,66 @@ def _reporter(base, n, batch, bar, callback):
 
     return report
 
-# %% ../../nbs/06_sample/02_generate.ipynb #e06d011b
+# %% ../../nbs/06_sample/02_generate.ipynb #bab993b4
 def pair_negatives(
-    prompts,  # a text or n texts
-    negative_prompt,  # a text for all, or n texts
+    prompts: str | Sequence,  # a text or n texts
+    negative_prompt: str | Sequence,  # a text for all, or n texts
 ) -> list:  # n pairs (prompt, negative prompt)
     "Give each prompt its negative prompt."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     texts = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
     if len(texts) != len(prompts):
-        raise ValueError(
-            f"{len(texts)} negative prompts for {len(prompts)} prompts; pass one text for all, or one each"
-        )
+        have = f"{len(texts)} negative prompts for {len(prompts)} prompts"
+        raise ValueError(f"{have}; pass one text for all, or one each")
     if bad := [t for t in texts if not isinstance(t, str)]:
         raise ValueError(f"negative_prompt={bad[0]!r} is not a text")
     return list(zip(prompts, texts))
 
-# %% ../../nbs/06_sample/02_generate.ipynb #c8636772
+# %% ../../nbs/06_sample/02_generate.ipynb #810eac57
+def _draw_all(base, how, paired, batch, images, progress, callback):
+    "Draw jobs, each ((prompt, negative prompt), seed), in batches."
+    jobs = [(prompt, seed) for (prompt, _), seed in paired]
+    away = [negative for (_, negative), _ in paired]
+    sigmas, start = plan_denoising(base, how, jobs, images)
+    n, k = len(jobs), len(sigmas) - 1
+    batches = [slice(i, min(i + batch, n)) for i in range(0, n, batch)]
+    drawn = []
+    with _evaluating(base.unet), tqdm(total=k * len(batches), unit="step", disable=not progress) as bar:
+        for b in batches:
+            given = None if start is None else start[b]
+            report = _reporter(base, k, range(n)[b], bar, callback)
+            drawn.append(draw_batch(base, how, jobs[b], sigmas, given, report, away[b]))
+    table = pd.concat([part for _, part in drawn], ignore_index=True)
+    return Images(np.concatenate([part for part, _ in drawn]), table)
+
+# %% ../../nbs/06_sample/02_generate.ipynb #18351945
 def generate(
-    base: Base,
-    prompts,
-    seeds=0,  # the model, with or without adapters; a text or n texts; see `list_jobs`
-    sampler="ddim",
-    num_inference_steps=50,  # a name out of SAMPLERS; number of steps
-    guidance_scale=7.5,
-    negative_prompt="",  # guidance scale, 1 for none; what to be guided away from, a text or n texts
-    batch=16,  # pictures at a time
+    base: Base,  # the model, with or without adapters
+    prompts: str | Sequence,  # a text or n texts
+    seeds: int | str | Sequence = 0,  # see `list_jobs`
+    sampler: str = "ddim",  # a name out of SAMPLERS
+    num_inference_steps: int = 50,  # number of steps
+    guidance_scale: float = 7.5,  # 1 for none
+    negative_prompt: str | Sequence = "",  # what to guide away from, a text or n texts
+    batch: int = 16,  # pictures at a time
     *,
-    images=None,  # pictures to start from, see `as_images`
-    progress=True,  # show a progress bar
-    callback=None,  # function of a dict per step: i, n, sigma, x, x0_hat, batch, preview
-    **more,  # other fields of `Settings`: rescale, spacing, eta, strength, precision, size
+    images: np.ndarray | torch.Tensor | None = None,  # pictures to start from, see `as_images`
+    progress: bool = True,  # show a progress bar
+    callback: Callable | None = None,  # gets a dict per step: i, n, sigma, x, x0_hat, batch, preview
+    **more: object,  # other fields of `Settings`: guidance_rescale, timestep_spacing, eta, strength, size …
 ) -> Images:  # pictures prompt by prompt, seed by seed
     "Draw a picture for every prompt and seed."
     if batch < 1:
         raise ValueError(f"batch={batch}; draw at least one picture at a time")
     pairs = pair_negatives(prompts, negative_prompt)
-    listed = list_jobs(pairs, seeds)
-    shown = negative_prompt if isinstance(negative_prompt, str) else tuple(n for _, n in pairs)
+    jobs = list_jobs(pairs, seeds)
+    shown = negative_prompt if isinstance(negative_prompt, str) else tuple(text for _, text in pairs)
     how = Settings(sampler, num_inference_steps, guidance_scale, shown, **more)
-    jobs, away = [(p, s) for (p, _), s in listed], [n for (_, n), _ in listed]
-    sigmas, start = plan_denoising(base, how, jobs, images)
-    n, k = len(jobs), len(sigmas) - 1
-    spans = [slice(i, min(i + batch, n)) for i in range(0, n, batch)]
-    with _evaluating(base.unet), tqdm(total=k * len(spans), unit="step", disable=not progress) as bar:
-        parts = [
-            draw_batch(
-                base,
-                how,
-                jobs[b],
-                sigmas,
-                None if start is None else start[b],
-                _reporter(base, k, range(n)[b], bar, callback),
-                away[b],
-            )
-            for b in spans
-        ]
-    return Images(np.concatenate([p for p, _ in parts]), pd.concat([t for _, t in parts], ignore_index=True))
+    return _draw_all(base, how, jobs, batch, images, progress, callback)
 
-# %% ../../nbs/06_sample/02_generate.ipynb #90a3b9d5
+# %% ../../nbs/06_sample/02_generate.ipynb #f472d444
 def kind_of(
-    path,  # picture file to write; without an ending it is a PNG
+    path: Path | str,  # picture file to write; without an ending it is a PNG
 ) -> str:  # format in Pillow's words, such as 'PNG'
     "Tell the format of a picture by its name."
     known, end = Image.registered_extensions(), Path(path).suffix.lower() or ".png"
@@ -323,23 +353,24 @@ def kind_of(
         raise ValueError(f"--out {path}: no name of a picture; let it end in .png, .jpg or .webp")
     return known[end]
 
-# %% ../../nbs/06_sample/02_generate.ipynb #abb441b8
+# %% ../../nbs/06_sample/02_generate.ipynb #357a9c72
 def start_picture(
-    path,  # picture file
+    path: Path | str,  # picture file
 ) -> Image.Image:  # upright, RGB
     "Read a picture to start from."
     if not Path(path).is_file():
         raise FileNotFoundError(f"--image {path}: no such file; give a picture")
     return open_image(path)[0]
 
-# %% ../../nbs/06_sample/02_generate.ipynb #b03f3a38
+# %% ../../nbs/06_sample/02_generate.ipynb #e9445a93
 def write_grid(
-    images,  # bytes (n*m,h,w,3), row by row
-    m,  # columns
-    path,  # picture file to write
-    zoom=1,  # whole number; every pixel becomes a square of this size
+    images: np.ndarray,  # bytes (n*m,h,w,3), row by row
+    m: int,  # columns
+    path: Path | str,  # picture file to write
+    zoom: int = 1,  # whole number; every pixel becomes a square of this size
 ) -> Path:  # the file
     "Paste pictures to one, m in a row, with two white pixels between them."
-    page = (255 * canvas([images[i : i + m] for i in range(0, len(images), m)])).round().astype("uint8")
+    rows = [images[i : i + m] for i in range(0, len(images), m)]
+    page = (255 * canvas(rows)).round().astype("uint8")
     Image.fromarray(page.repeat(zoom, 0).repeat(zoom, 1)).save(raw := io.BytesIO(), kind_of(path))
     return write_atomic(path, raw.getvalue())

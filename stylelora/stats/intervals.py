@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #91021796
+# %% ../../nbs/07_stats/01_intervals.ipynb #cf62d287
 def cells(
-    frame,  # tidy results with columns recipe, metric, concept, train_seed, value
-    metric,  # name of the metric
-    recipe,  # name of the recipe
+    frame: pd.DataFrame,  # tidy results with columns recipe, metric, concept, train_seed, value
+    metric: str,  # name of the metric
+    recipe: str,  # name of the recipe
 ) -> pd.DataFrame:  # concepts × training seeds, NaN where nothing was scored
     "Arrange one metric of one recipe as a table of concepts and training seeds."
     rows = frame[(frame.recipe == recipe) & (frame.metric == metric)]
@@ -25,12 +25,12 @@ def cells(
         raise ValueError(f"no results for recipe {recipe!r} and metric {metric!r}; there are {known[:8]}")
     return rows.pivot_table(index="concept", columns="train_seed", values="value", aggfunc="mean")
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #fbaa7190
+# %% ../../nbs/07_stats/01_intervals.ipynb #ad522131
 def differences(
-    frame,  # tidy results
-    metric,  # name of the metric
-    recipe,  # recipe of interest
-    baseline,  # recipe to compare with
+    frame: pd.DataFrame,  # tidy results
+    metric: str,  # name of the metric
+    recipe: str,  # recipe of interest
+    baseline: str,  # recipe to compare with
 ) -> pd.DataFrame:  # recipe minus baseline, concepts × training seeds
     "Subtract a baseline from a recipe, concept by concept and seed by seed."
     a, b = cells(frame, metric, recipe), cells(frame, metric, baseline)
@@ -42,20 +42,21 @@ def differences(
         return d
     raise ValueError(f"{recipe!r} and {baseline!r} share no concept and training seed for {metric!r}")
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #a74f8a28
+# %% ../../nbs/07_stats/01_intervals.ipynb #ed0c4db1
 def weighted_means(
-    d,  # differences (n,k), NaN where missing
-    u,  # how often each row was picked (draws,n)
-    v,  # how often each column was picked (draws,k)
+    d: np.ndarray,  # differences (n,k), NaN where missing
+    u: np.ndarray,  # how often each row was picked (draws,n)
+    v: np.ndarray,  # how often each column was picked (draws,k)
 ) -> np.ndarray:  # mean of each draw (draws,), NaN if a draw holds no cell
     "Take the mean of a table with many sets of row and column weights at once."
     there = ~np.isnan(d)
-    total, count = (((u @ part) * v).sum(1) for part in (np.where(there, d, 0), there.astype(float)))
+    total = ((u @ np.where(there, d, 0)) * v).sum(1)
+    count = ((u @ there.astype(float)) * v).sum(1)
     return np.divide(total, count, out=np.full(len(u), np.nan), where=count > 0)
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #1d609649
+# %% ../../nbs/07_stats/01_intervals.ipynb #cb2f17af
 def _acceleration(
-    d,  # differences (n,k), NaN where missing
+    d: np.ndarray,  # differences (n,k), NaN where missing
 ) -> float:  # a, 0 for symmetric data
     "Estimate the acceleration of BCa from leaving out each row and each column."
     n, k = d.shape
@@ -70,13 +71,13 @@ def _acceleration(
         top, bottom = top + (influence**3).sum(), bottom + (influence**2).sum()
     return top / (6 * bottom**1.5) if bottom > 0 else 0.0
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #687b0d9e
+# %% ../../nbs/07_stats/01_intervals.ipynb #bde4d09c
 def _bca_ends(
-    draws,  # bootstrap means
-    mean,  # the mean itself
-    a,  # acceleration
-    ends,  # plain quantiles, such as [.025, .975]
-):  # the two quantiles to read
+    draws: np.ndarray,  # bootstrap means
+    mean: float,  # the mean itself
+    a: float,  # acceleration
+    ends: np.ndarray,  # plain quantiles, such as [.025, .975]
+) -> np.ndarray:  # the two quantiles to read
     "Shift two quantiles by bias and acceleration."
     draws = draws[~np.isnan(draws)]
     below = (draws < mean).mean() + (draws == mean).mean() / 2
@@ -86,7 +87,7 @@ def _bca_ends(
     z = z0 + stats.norm.ppf(ends)
     return stats.norm.cdf(z0 + z / (1 - a * z))
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #ade6939f
+# %% ../../nbs/07_stats/01_intervals.ipynb #df9c2820
 @dataclass(frozen=True)
 class Interval:
     "Hold an estimate, its interval, and the numbers of units behind it."
@@ -100,18 +101,18 @@ class Interval:
 
     def excludes(
         self,
-        value=0.0,  # the value in question
+        value: float = 0.0,  # the value in question
     ) -> bool:  # True if it lies outside
         "Tell whether a value lies outside the interval."
         return not self.low <= value <= self.high
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #e2157ffb
+# %% ../../nbs/07_stats/01_intervals.ipynb #bace0e7a
 def cluster_bootstrap(
-    d,  # differences or values, concepts × training seeds (n,k), NaN where missing
-    level=0.95,  # nominal coverage
-    n_draws=10000,  # bootstrap draws
-    method="bca",  # 'bca' or 'percentile'
-    seed=0,  # seed of the draws
+    d: pd.DataFrame | np.ndarray,  # differences or values, concepts × training seeds (n,k), NaN where missing
+    level: float = 0.95,  # nominal coverage
+    n_draws: int = 10000,  # bootstrap draws
+    method: str = "bca",  # 'bca' or 'percentile'
+    seed: int = 0,  # seed of the draws
 ) -> Interval:  # mean with its interval
     """Bootstrap the mean of a table over its rows and its columns.
     Owen 2007 (pigeonhole bootstrap); Efron 1987, eq. 6.8 (BCa)."""
@@ -122,18 +123,20 @@ def cluster_bootstrap(
     if np.isnan(d).all():
         raise ValueError(f"a table of shape {d.shape} without a single value has no mean")
     rng, (n, k), mean = np.random.default_rng(seed), d.shape, np.nanmean(d)
-    draws = weighted_means(d, *(rng.multinomial(m, np.full(m, 1 / m), n_draws) for m in (n, k)))
+    rows = rng.multinomial(n, np.full(n, 1 / n), n_draws)
+    columns = rng.multinomial(k, np.full(k, 1 / k), n_draws)
+    draws = weighted_means(d, rows, columns)
     ends = np.array([(1 - level) / 2, (1 + level) / 2])
     if method == "bca":
         ends = _bca_ends(draws, mean, _acceleration(d), ends)
     low, high = np.nanquantile(draws, ends)
     return Interval(float(mean), float(low), float(high), level, n, k)
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #647a80cc
+# %% ../../nbs/07_stats/01_intervals.ipynb #413ba581
 def sign_flip(
-    d,  # differences, one per unit (n,)
-    n_draws=100000,  # random patterns where all of them are too many
-    seed=0,  # seed of the random patterns
+    d: np.ndarray,  # differences, one per unit (n,)
+    n_draws: int = 100000,  # random patterns where all of them are too many
+    seed: int = 0,  # seed of the random patterns
 ) -> float:  # two-sided p-value, exact for n <= 20
     "Test whether the mean differs from zero by flipping the signs of the units."
     d = np.asarray(d, float)
@@ -149,16 +152,16 @@ def sign_flip(
     signs = 2.0 * np.random.default_rng(seed).integers(0, 2, (n_draws, len(d)), dtype=np.int8) - 1
     return float(((np.abs(signs @ d) >= observed - slack).sum() + 1) / (n_draws + 1))
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #1e567b0c
+# %% ../../nbs/07_stats/01_intervals.ipynb #6d45ab34
 def smallest_p(
-    n,  # number of units
+    n: int,  # number of units
 ) -> float:  # the p-value when all units agree
     "Report the smallest p-value that a sign-flip test with n units can give."
     return min(1.0, 2 / 2**n)
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #014bb5a4
+# %% ../../nbs/07_stats/01_intervals.ipynb #6a535a3a
 def holm(
-    p,  # p-values of one family (m,); NaN stays NaN and does not count
+    p: np.ndarray,  # p-values of one family (m,); NaN stays NaN and does not count
 ) -> np.ndarray:  # adjusted p-values (m,)
     "Adjust the p-values of one family so that the chance of any false alarm is controlled."
     p = np.asarray(p, float)
@@ -168,26 +171,23 @@ def holm(
     out[there] = stepped[np.argsort(order)]
     return out
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #cb82c8d6
+# %% ../../nbs/07_stats/01_intervals.ipynb #43f7e818
 def tost(
-    d,  # differences, one per unit (n,), at least two
-    delta,  # margin of equivalence, > 0, in units of the metric
+    d: np.ndarray,  # differences, one per unit (n,), at least two
+    delta: float,  # margin of equivalence, > 0, in units of the metric
 ) -> float:  # p-value; small means "equal within the margin"
     "Test whether the mean difference lies within a margin around zero."
     if not delta > 0:
         raise ValueError(f"delta={delta}: the margin of equivalence must be above 0")
     d = np.asarray(d, float)
     d = d[~np.isnan(d)]
-    return float(
-        max(
-            stats.ttest_1samp(d, -delta, alternative="greater").pvalue,
-            stats.ttest_1samp(d, delta, alternative="less").pvalue,
-        )
-    )
+    above = stats.ttest_1samp(d, -delta, alternative="greater").pvalue
+    below = stats.ttest_1samp(d, delta, alternative="less").pvalue
+    return float(max(above, below))
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #606755a3
+# %% ../../nbs/07_stats/01_intervals.ipynb #818b0282
 def effect_size(
-    d,  # differences, one per unit (n,), at least two
+    d: np.ndarray,  # differences, one per unit (n,), at least two
 ) -> float:  # d_z, in standard deviations
     """Standardise the mean difference by the spread between units.
     Hedges 1981, with J = 1 - 3/(4(n-1) - 1)."""
@@ -196,46 +196,43 @@ def effect_size(
     spread = d.std(ddof=1) if len(d) > 1 else np.nan
     return float(d.mean() / spread * (1 - 3 / (4 * (len(d) - 1) - 1))) if spread > 0 else float("nan")
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #3a21a04a
+# %% ../../nbs/07_stats/01_intervals.ipynb #dcceca03
 def _power(
-    effect,  # true mean difference in standard deviations, > 0
-    n,  # number of units, at least two
-    alpha,  # two-sided level of the test
+    effect: float,  # true mean difference in standard deviations, > 0
+    n: int,  # number of units, at least two
+    alpha: float,  # two-sided level of the test
 ) -> float:  # chance of a significant result
     "Compute the power of the paired t-test from the noncentral t distribution."
     critical, shift = stats.t.ppf(1 - alpha / 2, n - 1), effect * np.sqrt(n)
     return float(stats.nct.sf(critical, n - 1, shift) + np.nan_to_num(stats.nct.cdf(-critical, n - 1, shift)))
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #d2cd8bb4
+# %% ../../nbs/07_stats/01_intervals.ipynb #764a107e
 def detectable(
-    n,  # number of units, at least two
-    spread=1.0,  # standard deviation of the differences between units, in units of the metric
-    power=0.8,  # wanted chance to find the effect
-    alpha=0.05,  # two-sided level of the test
+    n: int,  # number of units, at least two
+    spread: float = 1.0,  # standard deviation of the differences between units, in units of the metric
+    power: float = 0.8,  # wanted chance to find the effect
+    alpha: float = 0.05,  # two-sided level of the test
 ) -> float:  # smallest true mean difference that would be found, in units of the metric
     "Find the minimum detectable effect of a paired t-test."
     enough = next(x for x in 2.0 ** np.arange(-6, 12) if _power(x, n, alpha) > power)
     return float(spread * optimize.brentq(lambda x: _power(x, n, alpha) - power, 1e-6, enough))
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #1e5e88e3
+# %% ../../nbs/07_stats/01_intervals.ipynb #3959fde3
 def contrast(
-    d,  # differences, concepts × training seeds (n,k)
-    unit="seed",  # 'seed' speaks about the recipe, 'concept' about these adapters only
-    delta=None,  # margin of equivalence; None leaves out that test
+    d: pd.DataFrame | np.ndarray,  # differences, concepts × training seeds (n,k)
+    unit: str = "seed",  # 'seed' speaks about the recipe, 'concept' about these adapters only
+    delta: float | None = None,  # margin of equivalence; None leaves out that test
     **how,  # passed to `cluster_bootstrap`
 ) -> dict:  # one row of a table
     "Report the effect, its interval, its tests and its limits for one table of differences."
     if unit not in ("seed", "concept"):
         raise ValueError(f"unit={unit!r}; use 'seed' or 'concept'")
     d, nan = np.asarray(d, float), float("nan")
-    i, units = cluster_bootstrap(d, **how), np.nanmean(d, axis=0 if unit == "seed" else 1)
+    i = cluster_bootstrap(d, **how)
+    units = np.nanmean(d, axis=0 if unit == "seed" else 1)
     n, varied = len(units), len(units) > 1 and np.ptp(units) > 0
-    return dict(
-        estimate=i.estimate,
-        low=i.low,
-        high=i.high,
-        n_concepts=i.n_concepts,
-        n_seeds=i.n_seeds,
+    row = dict(estimate=i.estimate, low=i.low, high=i.high, n_concepts=i.n_concepts, n_seeds=i.n_seeds)
+    return row | dict(
         unit=unit,
         d_z=effect_size(units),
         p_flip=sign_flip(units),
@@ -246,12 +243,12 @@ def contrast(
         p_tost=tost(units, delta) if varied and delta else nan,
     )
 
-# %% ../../nbs/07_stats/01_intervals.ipynb #0c0234c9
+# %% ../../nbs/07_stats/01_intervals.ipynb #d9d246d0
 def compare(
-    frame,  # tidy results with columns recipe, metric, concept, train_seed, value
-    metric,  # name of the metric
-    baseline,  # recipe that the others are compared with
-    recipes=None,  # recipes to compare; all others if None
+    frame: pd.DataFrame,  # tidy results with columns recipe, metric, concept, train_seed, value
+    metric: str,  # name of the metric
+    baseline: str,  # recipe that the others are compared with
+    recipes: list | None = None,  # recipes to compare; all others if None
     **how,  # passed to `contrast`: unit, delta, level, n_draws, seed
 ) -> pd.DataFrame:  # one row per recipe, with the family's adjusted p-value as p_holm
     "Compare every recipe with one baseline on one metric."
@@ -259,6 +256,6 @@ def compare(
     recipes = [a for a in there if a != baseline] if recipes is None else list(recipes)
     if not recipes:
         raise ValueError(f"no recipe besides {baseline!r} has results for {metric!r}")
-    rows = [dict(recipe=a, **contrast(differences(frame, metric, a, baseline), **how)) for a in recipes]
+    rows = [dict(recipe=a) | contrast(differences(frame, metric, a, baseline), **how) for a in recipes]
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table.p_flip)).set_index("recipe")

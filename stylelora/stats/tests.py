@@ -6,7 +6,7 @@
 __all__ = ['unit_means', 'paired_tests', 'tost_share', 'verdict_of', 'contrast_row', 'contrast_table', 'aligned', 'draw_means',
            'mean_tau', 'kendall', 'Mixed', 'mixed_model', 'dominates', 'pareto']
 
-# %% ../../nbs/07_stats/02_tests.ipynb #db42f48e
+# %% ../../nbs/07_stats/02_tests.ipynb #f564c0cd
 import warnings
 from dataclasses import dataclass
 import numpy as np
@@ -22,20 +22,20 @@ from stylelora.stats.intervals import (
     weighted_means,
 )
 
-# %% ../../nbs/07_stats/02_tests.ipynb #d71fa3ad
+# %% ../../nbs/07_stats/02_tests.ipynb #e6d59da7
 def unit_means(
-    d,  # differences, concepts × training seeds (n,k), NaN where missing
-    unit="seed",  # 'seed' speaks about the recipe, 'concept' about these adapters only
+    d: pd.DataFrame | np.ndarray,  # differences, concepts × training seeds (n,k), NaN where missing
+    unit: str = "seed",  # 'seed' speaks about the recipe, 'concept' about these adapters only
 ) -> pd.Series:  # one mean per unit that has any value
     "Average a table of differences to one number per unit."
     if unit not in ("seed", "concept"):
         raise ValueError(f"unit={unit!r}; use 'seed' or 'concept'")
     return pd.DataFrame(d).mean(axis=0 if unit == "seed" else 1).dropna()
 
-# %% ../../nbs/07_stats/02_tests.ipynb #8d603486
+# %% ../../nbs/07_stats/02_tests.ipynb #4fc0e54b
 def paired_tests(
-    d,  # differences, concepts × training seeds (n,k)
-    unit="seed",  # 'seed' or 'concept'
+    d: pd.DataFrame | np.ndarray,  # differences, concepts × training seeds (n,k)
+    unit: str = "seed",  # 'seed' or 'concept'
 ) -> dict:  # numbers of units, statistics and two-sided p-values; NaN where units do not vary
     "Test the mean difference by Student's t, Wilcoxon's signed ranks, and sign flips."
     u = unit_means(d, unit).to_numpy()
@@ -46,9 +46,9 @@ def paired_tests(
     out |= dict(t=float(t.statistic), p_t=float(t.pvalue))
     return out | dict(w=float(w.statistic), p_wilcoxon=float(w.pvalue))
 
-# %% ../../nbs/07_stats/02_tests.ipynb #cedd5115
+# %% ../../nbs/07_stats/02_tests.ipynb #83b6e6a1
 def _above_zero(
-    x,  # one number per unit (n,)
+    x: np.ndarray,  # one number per unit (n,)
 ) -> float:  # one-sided p-value, NaN for fewer than two units
     "Test whether a mean lies above zero."
     if len(x) < 2:
@@ -59,9 +59,9 @@ def _above_zero(
 
 
 def tost_share(
-    d,  # differences, one per unit (n,)
-    gain,  # gain of the baseline over the floor in the same units (n,); positive is better
-    share=0.1,  # margin, as a share of the gain
+    d: np.ndarray,  # differences, one per unit (n,)
+    gain: np.ndarray,  # gain of the baseline over the floor in the same units (n,); positive is better
+    share: float = 0.1,  # margin, as a share of the gain
 ) -> float:  # p-value; small means "equal within that share of the gain"
     """Test equivalence within a share of a gain that is itself measured.
     Hauschke et al. 1999, ratio of means."""
@@ -72,12 +72,12 @@ def tost_share(
         raise ValueError(f"d {d.shape}, gain {gain.shape}: same units needed")
     return max(_above_zero(share * gain - d), _above_zero(share * gain + d))
 
-# %% ../../nbs/07_stats/02_tests.ipynb #28d35852
+# %% ../../nbs/07_stats/02_tests.ipynb #7669b0b8
 def verdict_of(
-    estimate,  # mean difference
-    p,  # adjusted p-value of "no difference"
-    p_tost,  # adjusted p-value of "differs by more than the margin"; NaN if not tested
-    alpha=0.05,  # level
+    estimate: float,  # mean difference
+    p: float,  # adjusted p-value of "no difference"
+    p_tost: float,  # adjusted p-value of "differs by more than the margin"; NaN if not tested
+    alpha: float = 0.05,  # level
 ) -> str:  # 'higher', 'lower', 'equivalent', 'open', or 'higher, within margin' …
     "Put two p-values into a word."
     side = "higher" if estimate > 0 else "lower"
@@ -85,16 +85,16 @@ def verdict_of(
         return f"{side}, within margin" if p_tost <= alpha else side
     return "equivalent" if p_tost <= alpha else "open"
 
-# %% ../../nbs/07_stats/02_tests.ipynb #b235f31c
+# %% ../../nbs/07_stats/02_tests.ipynb #9b6fc185
 def contrast_row(
-    frame,  # tidy results
-    metric,  # name of the metric
-    recipe,  # recipe of interest
-    baseline,  # recipe to compare with
-    unit="seed",  # 'seed' or 'concept'
-    share=0.1,  # margin as a share of the baseline's gain; None leaves out equivalence
-    floor="no_lora",  # recipe over which the gain is measured
-    better=1,  # 1 if more is better, -1 if less
+    frame: pd.DataFrame,  # tidy results
+    metric: str,  # name of the metric
+    recipe: str,  # recipe of interest
+    baseline: str,  # recipe to compare with
+    unit: str = "seed",  # 'seed' or 'concept'
+    share: float | None = 0.1,  # margin as a share of the baseline's gain; None leaves out equivalence
+    floor: str = "no_lora",  # recipe over which the gain is measured
+    better: int = 1,  # 1 if more is better, -1 if less
     **how,  # passed to `cluster_bootstrap`: level, n_draws, seed
 ) -> dict:  # estimate, interval, tests, limits
     "Compare one recipe with a baseline in every way at once."
@@ -106,14 +106,14 @@ def contrast_row(
     d, gain = unit_means(both[0], unit).align(unit_means(both[1], unit), join="inner")
     return row | dict(margin=share * gain.mean(), p_tost=tost_share(d, gain, share))
 
-# %% ../../nbs/07_stats/02_tests.ipynb #9c6acb75
+# %% ../../nbs/07_stats/02_tests.ipynb #98aa9709
 def contrast_table(
-    frame,  # tidy results
-    metric,  # name of the metric
-    baseline,  # recipe that the others are compared with
-    recipes=None,  # the family; all other trained recipes if None
-    alpha=0.05,  # level of the verdicts
-    p="p_flip",  # the p-value that decides: 'p_flip', 'p_t' or 'p_wilcoxon'
+    frame: pd.DataFrame,  # tidy results
+    metric: str,  # name of the metric
+    baseline: str,  # recipe that the others are compared with
+    recipes: list | None = None,  # the family; all other trained recipes if None
+    alpha: float = 0.05,  # level of the verdicts
+    p: str = "p_flip",  # the p-value that decides: 'p_flip', 'p_t' or 'p_wilcoxon'
     **how,  # passed to `contrast_row`: unit, share, floor, better, level, n_draws, seed
 ) -> pd.DataFrame:  # one row per recipe
     "Compare a family of recipes with one baseline, with Holm's correction and a verdict each."
@@ -128,11 +128,11 @@ def contrast_table(
     words = [verdict_of(*x, alpha) for x in t[["estimate", "p_holm", "p_tost_holm"]].to_numpy()]
     return t.assign(verdict=words).rename_axis("recipe")
 
-# %% ../../nbs/07_stats/02_tests.ipynb #4edf3ba0
+# %% ../../nbs/07_stats/02_tests.ipynb #7550981c
 def aligned(
-    frame,  # tidy results
-    metrics,  # names of metrics
-    by=("recipe",),  # columns that make a setting
+    frame: pd.DataFrame,  # tidy results
+    metrics: list,  # names of metrics
+    by: tuple = ("recipe",),  # columns that make a setting
 ) -> dict:  # (setting…, metric) -> concepts × training seeds, all of one shape
     "Bring the tables of several settings to common concepts and seeds."
     rows = frame[frame.metric.isin(metrics)]
@@ -142,26 +142,32 @@ def aligned(
     }
     trained = [set(t.columns) for t in tables.values() if list(t.columns) != [-1]]
     seeds = sorted(set.intersection(*trained)) if trained else [-1]
-    concepts = sorted(set.intersection(*(set(t.index) for t in tables.values()))) if tables else []
+    drawn = [set(t.index) for t in tables.values()]
+    concepts = sorted(set.intersection(*drawn)) if drawn else []
     if not concepts or not seeds:
         raise ValueError(f"{len(tables)} tables of {list(metrics)} share no cells")
-    every = lambda t: pd.DataFrame({s: t[-1] for s in seeds}) if list(t.columns) == [-1] else t
-    return {k: every(t).loc[concepts, seeds] for k, t in tables.items()}
 
-# %% ../../nbs/07_stats/02_tests.ipynb #7f241524
+    def beside_every_seed(t):
+        untrained = list(t.columns) == [-1]
+        return pd.DataFrame({s: t[-1] for s in seeds}) if untrained else t
+
+    return {k: beside_every_seed(t).loc[concepts, seeds] for k, t in tables.items()}
+
+# %% ../../nbs/07_stats/02_tests.ipynb #195f220b
 def draw_means(
-    tables,  # concepts × training seeds, all of one shape
-    n_draws=2000,  # bootstrap draws
-    seed=0,  # seed of the draws
+    tables: list,  # concepts × training seeds, all of one shape
+    n_draws: int = 2000,  # bootstrap draws
+    seed: int = 0,  # seed of the draws
 ) -> np.ndarray:  # means (1 + draws, tables); the first row is the data itself
     "Resample concepts and training seeds, the same for all tables."
     rng, (n, k) = np.random.default_rng(seed), np.shape(tables[0])
-    u, v = (np.vstack([np.ones(m), rng.multinomial(m, np.full(m, 1 / m), n_draws)]) for m in (n, k))
+    u = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), n_draws)])
+    v = np.vstack([np.ones(k), rng.multinomial(k, np.full(k, 1 / k), n_draws)])
     return np.stack([weighted_means(np.asarray(t, float), u, v) for t in tables], axis=1)
 
-# %% ../../nbs/07_stats/02_tests.ipynb #05054a6f
+# %% ../../nbs/07_stats/02_tests.ipynb #a940001e
 def mean_tau(
-    means,  # (draws, recipes, samplers)
+    means: np.ndarray,  # (draws, recipes, samplers)
 ) -> np.ndarray:  # (draws, samplers, samplers): tau-b of each pair, NaN where all recipes are tied
     "Compare the order of the recipes between all pairs of samplers."
     i, j = np.triu_indices(means.shape[1], 1)
@@ -171,20 +177,22 @@ def mean_tau(
     scale = np.sqrt(untied[:, :, None] * untied[:, None])
     return np.divide(together, scale, out=np.full_like(together, np.nan), where=scale > 0)
 
-# %% ../../nbs/07_stats/02_tests.ipynb #db7b8c1f
+# %% ../../nbs/07_stats/02_tests.ipynb #80ddfdaa
 def kendall(
-    frame,  # tidy results
-    metric,  # name of the metric
-    factors=("recipe", "sampler"),  # what is ranked, and across what
-    level=0.95,  # of the percentile interval
+    frame: pd.DataFrame,  # tidy results
+    metric: str,  # name of the metric
+    factors: tuple = ("recipe", "sampler"),  # what is ranked, and across what
+    level: float = 0.95,  # of the percentile interval
     **how,  # passed to `draw_means`: n_draws, seed
-):  # (Interval of the mean tau over pairs, taus of all pairs, mean of each recipe at each sampler)
+) -> tuple:  # (Interval of the mean tau over pairs, taus of all pairs, mean of each recipe at each sampler)
     "Measure how far the order of the recipes is the same for all samplers."
     tables = aligned(frame[frame.train_seed >= 0], [metric], factors)
-    rows, columns = (list(dict.fromkeys(k[i] for k in tables)) for i in (0, 1))
-    if lost := [(a, b) for a in rows for b in columns if (a, b, metric) not in tables]:
+    rows = list(dict.fromkeys(k[0] for k in tables))
+    columns = list(dict.fromkeys(k[1] for k in tables))
+    pairs = [(a, b) for a in rows for b in columns]
+    if lost := [pair for pair in pairs if (*pair, metric) not in tables]:
         raise ValueError(f"{metric}: nothing for {lost[0]}; want every {factors[0]} at every {factors[1]}")
-    draws = draw_means([tables[a, b, metric] for a in rows for b in columns], **how)
+    draws = draw_means([tables[*pair, metric] for pair in pairs], **how)
     means = draws.reshape(-1, len(rows), len(columns))
     taus = mean_tau(means)
     mean = taus[(slice(None), *np.triu_indices(len(columns), 1))].mean(1)
@@ -192,7 +200,7 @@ def kendall(
     interval = Interval(mean[0], *np.nanquantile(mean[1:], [(1 - level) / 2, (1 + level) / 2]), level, *shape)
     return interval, pd.DataFrame(taus[0], columns, columns), pd.DataFrame(means[0], rows, columns)
 
-# %% ../../nbs/07_stats/02_tests.ipynb #4d79d792
+# %% ../../nbs/07_stats/02_tests.ipynb #a66902bd
 @dataclass
 class Mixed:
     "Hold what a mixed model of two crossed factors has to say."
@@ -205,47 +213,53 @@ class Mixed:
     converged: bool  # did REML find its maximum?
 
 
+def _dummies(codes):
+    "Turn group numbers (n,) into one indicator column per group (n,k)."
+    return np.eye(codes.max() + 1)[codes]
+
+
 def _parts(n, m):
     "Build the projections of n × m cell means on rows, columns and interaction."
-    mean, rest = lambda k: np.full((k, k), 1 / k), lambda k: np.eye(k) - np.full((k, k), 1 / k)
-    return np.kron(rest(n), mean(m)), np.kron(mean(n), rest(m)), np.kron(rest(n), rest(m))
+    mean_n, mean_m = np.full((n, n), 1 / n), np.full((m, m), 1 / m)
+    rest_n, rest_m = np.eye(n) - mean_n, np.eye(m) - mean_m
+    return np.kron(rest_n, mean_m), np.kron(mean_n, rest_m), np.kron(rest_n, rest_m)
 
-# %% ../../nbs/07_stats/02_tests.ipynb #f38ac08a
+# %% ../../nbs/07_stats/02_tests.ipynb #9341e31f
 def _fit(
-    y,  # scores (recipes, samplers, blocks, seeds), no gaps
+    y: np.ndarray,  # scores (recipes, samplers, blocks, seeds), no gaps
+) -> (
+    tuple
 ):  # (means (recipes*samplers,), their covariance, variances of the four random effects, of noise, converged)
     "Fit the mixed model by REML."
     from statsmodels.regression.mixed_linear_model import MixedLM, VCSpec
 
-    a, m, c, s = (i.ravel() for i in np.indices(y.shape))
-    codes = dict(concept=c, seed=s, adapter=a * y.shape[3] + s, setting=(a * y.shape[1] + m) * y.shape[3] + s)
-    dummies, scale = lambda code: np.eye(code.max() + 1)[code], y.std()
-    mats = [dummies(code) for code in codes.values()]
-    spec = VCSpec(list(codes), [[[str(i) for i in range(x.shape[1])]] for x in mats], [[x] for x in mats])
+    recipe, sampler, concept, seed = (i.ravel() for i in np.indices(y.shape))
+    n_samplers, n_seeds = y.shape[1], y.shape[3]
+    cell, adapter = recipe * n_samplers + sampler, recipe * n_seeds + seed
+    effects = dict(concept=concept, seed=seed, adapter=adapter, setting=cell * n_seeds + seed)
+    matrices = [_dummies(code) for code in effects.values()]
+    levels = [[list(map(str, range(x.shape[1])))] for x in matrices]  # names, per effect and group
+    spec = VCSpec(list(effects), levels, [[x] for x in matrices])  # there is one group
+    scale = y.std()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # variances at zero are reported, not warned about
-        model = MixedLM(y.ravel() / scale, dummies(a * y.shape[1] + m), np.zeros(y.size), exog_vc=spec)
+        model = MixedLM(y.ravel() / scale, _dummies(cell), np.zeros(y.size), exog_vc=spec)
         fit = model.fit(reml=True, method="lbfgs")
         k = len(fit.fe_params)
         V = np.asarray(fit.cov_params())[:k, :k]
-    return (
-        fit.fe_params * scale,
-        V * scale**2,
-        fit.vcomp * scale**2,
-        fit.scale * scale**2,
-        bool(fit.converged),
-    )
+    variances = fit.vcomp * scale**2, fit.scale * scale**2
+    return fit.fe_params * scale, V * scale**2, *variances, bool(fit.converged)
 
-# %% ../../nbs/07_stats/02_tests.ipynb #77c14971
-def mixed_model(
-    frame,  # tidy results
-    metric,  # name of the metric
-    factors=("recipe", "sampler"),  # the two crossed factors; adapters belong to the first
-    blocks=32,  # concepts are averaged to at most this many blocks
-) -> Mixed:
-    "Share out the variance of a metric among two factors, their interaction, and chance."
+# %% ../../nbs/07_stats/02_tests.ipynb #314fabc9
+def _blocks(
+    frame: pd.DataFrame,  # tidy results
+    metric: str,  # name of the metric
+    factors: tuple,  # the two crossed factors
+    blocks: int,  # largest number of blocks
+) -> tuple:  # scores (recipes, samplers, blocks, seeds), and concepts per block
+    "Arrange a metric as a complete table, with concepts averaged in blocks of equal size."
     tables = aligned(frame[frame.train_seed >= 0], [metric], factors)
-    n, m = (len({k[i] for k in tables}) for i in (0, 1))
+    n, m = len({k[0] for k in tables}), len({k[1] for k in tables})
     c, s = next(iter(tables.values())).shape
     if len(tables) != n * m or min(n, m, c, s) < 2:
         raise ValueError(
@@ -254,39 +268,55 @@ def mixed_model(
         )
     size = -(-c // blocks)
     pick = np.random.default_rng(0).permutation(c)[: c // size * size].reshape(-1, size)
-    y = np.stack([tables[k].to_numpy()[pick].mean(1) for k in sorted(tables)]).reshape(n, m, -1, s)
-    means, V, vcomp, noise, converged = _fit(y)
-    parts, scale = _parts(n, m), np.array([size, 1, 1, 1])
-    fixed = [max(0.0, means @ P @ means - np.trace(P @ V)) / (n * m) for P in parts]
-    chance = "concept", "training seed", "adapter", f"adapter × {factors[1]}", "rest"
-    F, dof = means @ parts[2] @ means / np.trace(parts[2] @ V), ((n - 1) * (m - 1), n * (s - 1) * (m - 1))
-    return _mixed(
-        [*factors, "interaction", *chance],
-        [*fixed, *vcomp * scale, noise * size],
-        F,
-        dof,
-        (n, m, c // size * size, s),
-        converged,
-    )
+    y = np.stack([tables[k].to_numpy()[pick].mean(1) for k in sorted(tables)])
+    return y.reshape(n, m, -1, s), size
 
-# %% ../../nbs/07_stats/02_tests.ipynb #c86dbf63
+# %% ../../nbs/07_stats/02_tests.ipynb #f95225cc
+def mixed_model(
+    frame: pd.DataFrame,  # tidy results
+    metric: str,  # name of the metric
+    factors: tuple = ("recipe", "sampler"),  # the two crossed factors; adapters belong to the first
+    blocks: int = 32,  # concepts are averaged to at most this many blocks
+) -> Mixed:
+    "Share out the variance of a metric among two factors, their interaction, and chance."
+    y, size = _blocks(frame, metric, factors, blocks)
+    n, m, c, s = y.shape
+    means, V, vcomp, noise, converged = _fit(y)
+    parts = _parts(n, m)
+    fixed = [max(0.0, means @ P @ means - np.trace(P @ V)) / (n * m) for P in parts]
+    names = [
+        *factors,
+        "interaction",
+        "concept",
+        "training seed",
+        "adapter",
+        f"adapter × {factors[1]}",
+        "rest",
+    ]
+    F = means @ parts[2] @ means / np.trace(parts[2] @ V)
+    dof = (n - 1) * (m - 1), n * (s - 1) * (m - 1)
+    variances = [*fixed, *vcomp * np.array([size, 1, 1, 1]), noise * size]
+    return _mixed(names, variances, F, dof, (n, m, c * size, s), converged)
+
+# %% ../../nbs/07_stats/02_tests.ipynb #e7858c87
 def _mixed(
-    names,  # of the sources
-    variances,  # of rows, columns, interaction, the random effects and noise
-    F,  # statistic of the interaction
-    dof,  # its degrees of freedom
-    n,  # recipes, samplers, concepts, seeds
-    converged,  # did the fit converge?
+    names: list,  # of the sources
+    variances: list,  # of rows, columns, interaction, the random effects and noise
+    F: float,  # statistic of the interaction
+    dof: tuple,  # its degrees of freedom
+    n: tuple,  # recipes, samplers, concepts, seeds
+    converged: bool,  # did the fit converge?
 ) -> Mixed:
     "Arrange the results of a mixed model."
     t, fixed = pd.DataFrame(dict(variance=variances), index=names), sum(variances[:3])
-    share, p = variances[2] / fixed if fixed > 0 else float("nan"), float(stats.f.sf(F, *dof))
+    share = variances[2] / fixed if fixed > 0 else float("nan")
+    p = float(stats.f.sf(F, *dof))
     return Mixed(t.assign(share=t.variance / t.variance.sum()), share, p, dof, n, converged)
 
-# %% ../../nbs/07_stats/02_tests.ipynb #bf4dd4d6
+# %% ../../nbs/07_stats/02_tests.ipynb #09284315
 def dominates(
-    points,  # values (…,n,m): n settings, m metrics
-    better,  # 1 where more is better, -1 where less (m,)
+    points: np.ndarray,  # values (…,n,m): n settings, m metrics
+    better: tuple,  # 1 where more is better, -1 where less (m,)
 ) -> np.ndarray:  # (…,n,n): entry i, j is True if setting i dominates setting j
     "Compare all settings with each other in all metrics at once."
     p = np.asarray(points, float) * np.asarray(better)
@@ -295,26 +325,27 @@ def dominates(
     gap = p[..., :, None, :] - p[..., None, :, :]
     return (gap >= 0).all(-1) & (gap > 0).any(-1)
 
-# %% ../../nbs/07_stats/02_tests.ipynb #b0b0275e
+# %% ../../nbs/07_stats/02_tests.ipynb #1f61fcd0
 def pareto(
-    frame,  # tidy results
-    better,  # metric -> 1 if more is better, -1 if less
-    by=("recipe",),  # columns that make a setting
-    level=0.95,  # of the percentile intervals
+    frame: pd.DataFrame,  # tidy results
+    better: dict,  # metric -> 1 if more is better, -1 if less
+    by: tuple = ("recipe",),  # columns that make a setting
+    level: float = 0.95,  # of the percentile intervals
     **how,  # passed to `draw_means`: n_draws, seed
 ) -> pd.DataFrame:  # per setting: each metric with its ends, dominated, by, on_front
     "Find the Pareto-optimal settings, with intervals and the share of draws that agree."
     tables, metrics = aligned(frame, list(better), by), list(better)
-    settings = [k for k in dict.fromkeys(k[:-1] for k in tables) if all((*k, m) in tables for m in metrics)]
+    settings = list(dict.fromkeys(k[:-1] for k in tables))
+    for m in metrics:
+        settings = [k for k in settings if (*k, m) in tables]
     draws = draw_means([tables[*k, m] for k in settings for m in metrics], **how)
     points = draws.reshape(len(draws), len(settings), len(metrics))
     ends = np.quantile(points[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
-    over, names = dominates(points, list(better.values())), [" ".join(map(str, k)) for k in settings]
-    out = {
-        m + end: v[:, i]
-        for i, m in enumerate(metrics)
-        for end, v in (("", points[0]), ("_low", ends[0]), ("_high", ends[1]))
-    }
-    by_whom = [", ".join(n for n, o in zip(names, column) if o) for column in over[0].T]
+    over = dominates(points, list(better.values()))
+    names = np.array([" ".join(map(str, k)) for k in settings])
+    out = {}
+    for i, m in enumerate(metrics):
+        out |= {m: points[0, :, i], f"{m}_low": ends[0, :, i], f"{m}_high": ends[1, :, i]}
+    by_whom = [", ".join(names[column]) for column in over[0].T]
     share = 1 - over[1:].any(1).mean(0)
     return pd.DataFrame(out, index=names).assign(dominated=over[0].any(0), by=by_whom, on_front=share)

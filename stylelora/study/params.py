@@ -6,19 +6,20 @@
 __all__ = ['KINDS', 'NUMBER', 'FIELDS', 'parameters_cell', 'declared', 'unknown', 'check_value', 'complete_parameters', 'Loader',
            'Run', 'expand', 'read_runs', 'replay']
 
-# %% ../../nbs/09_study/01_params.ipynb #8b0f0dbf
+# %% ../../nbs/09_study/01_params.ipynb #e280d17f
 import ast, difflib, itertools, json, re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 import yaml
 from ..core import hash_files, read_json, root, sha256_bytes, slug
 
-# %% ../../nbs/09_study/01_params.ipynb #893a6cf2
+# %% ../../nbs/09_study/01_params.ipynb #e57cf702
 KINDS = dict(int=int, float=float, str=str, bool=bool, list=list, dict=dict)
 
 
 def parameters_cell(
-    notebook,  # path of a notebook
+    notebook: str | Path,  # path of a notebook
 ) -> str:  # source of its parameters cell
     "Find the one cell that papermill replaces."
     if not Path(notebook).is_file():
@@ -32,7 +33,7 @@ def parameters_cell(
         "the tag papermill puts the values on top, where the defaults overwrite them"
     )
 
-# %% ../../nbs/09_study/01_params.ipynb #4c3e7ebf
+# %% ../../nbs/09_study/01_params.ipynb #19813e20
 def _declaration(
     node,  # one statement of the parameters cell
     name,  # name of the notebook, for messages
@@ -51,9 +52,9 @@ def _declaration(
     annotation = getattr(getattr(node, "annotation", None), "id", None)
     return target.id, (KINDS.get(annotation, None if default is None else type(default)), default)
 
-# %% ../../nbs/09_study/01_params.ipynb #1f927bc0
+# %% ../../nbs/09_study/01_params.ipynb #1bb5de4a
 def declared(
-    notebook,  # path of a notebook
+    notebook: str | Path,  # path of a notebook
 ) -> dict:  # name -> (type or None, default)
     "List the parameters of a notebook with their types and defaults."
     import papermill
@@ -64,11 +65,11 @@ def declared(
         raise ValueError(f'{name}: papermill cannot read {sorted(lost)}; leave only one "=" on that line')
     return found
 
-# %% ../../nbs/09_study/01_params.ipynb #36d88a19
+# %% ../../nbs/09_study/01_params.ipynb #1d94c983
 def unknown(
-    name,  # the name that was not found
-    known,  # the names that exist
-    where,  # what is being read, for the message
+    name: str,  # the name that was not found
+    known: Iterable,  # the names that exist
+    where: str,  # what is being read, for the message
 ) -> ValueError:  # to be raised
     "Make the error for an unknown name, with the nearest known one."
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -77,11 +78,11 @@ def unknown(
 
 
 def check_value(
-    name,  # name of the parameter
-    value,  # value from a file
-    kind,  # declared type, or None for any
-    where,  # what is being read, for the message
-):  # the value, as a float where one is declared
+    name: str,  # name of the parameter
+    value: object,  # value from a file
+    kind: str,  # declared type, or None for any
+    where: str,  # what is being read, for the message
+) -> object:  # the value, as a float where one is declared
     "Check the type of one value."
     if kind is float and type(value) is int:
         return float(value)
@@ -89,11 +90,11 @@ def check_value(
         return value
     raise ValueError(f"{where}: {name}={value!r} is {type(value).__name__}, want {kind.__name__}")
 
-# %% ../../nbs/09_study/01_params.ipynb #b0316922
+# %% ../../nbs/09_study/01_params.ipynb #562fe8bb
 def complete_parameters(
-    notebook,  # path of a notebook
-    given,  # name -> value
-    where="",  # what is being read, for messages
+    notebook: str | Path,  # path of a notebook
+    given: dict,  # name -> value
+    where: str = "",  # what is being read, for messages
 ) -> dict:  # every parameter of the notebook but run_folder, checked
     "Check given values against a notebook, and fill in its defaults."
     known, where = declared(notebook), where or Path(notebook).name
@@ -102,10 +103,10 @@ def complete_parameters(
     for name in given:
         if name not in known:
             raise unknown(name, known, where)
-    values = {n: default for n, (_, default) in known.items()} | dict(given)
-    return {n: check_value(n, v, known[n][0], where) if n in given else v for n, v in values.items()}
+    values = {n: default for n, (_, default) in known.items()}
+    return values | {n: check_value(n, v, known[n][0], where) for n, v in given.items()}
 
-# %% ../../nbs/09_study/01_params.ipynb #f99366f7
+# %% ../../nbs/09_study/01_params.ipynb #2bf4a637
 class Loader(yaml.SafeLoader):
     "Read YAML with numbers like 1e-4, and without repeated keys."
 
@@ -120,7 +121,7 @@ class Loader(yaml.SafeLoader):
 NUMBER = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
 
-# %% ../../nbs/09_study/01_params.ipynb #7f78a3e6
+# %% ../../nbs/09_study/01_params.ipynb #5525d075
 @dataclass(frozen=True)
 class Run:
     "Describe one execution of one notebook."
@@ -133,36 +134,45 @@ class Run:
     label: str = ""  # what distinguishes it within its file, such as 'train_seed=1'
 
     @property
-    def id(self):
+    def id(self) -> str:
         "Name of the run: experiment, recipe and a hash of everything that determines it."
         key = [self.notebook, self.experiment, self.recipe, self.parameters, self.inputs]
         key = json.dumps(key, sort_keys=True)
         return f"{slug(self.experiment)}-{slug(self.recipe)}-{sha256_bytes(key)[:10]}"
 
-# %% ../../nbs/09_study/01_params.ipynb #b2ff172c
+# %% ../../nbs/09_study/01_params.ipynb #c4c27df9
+def _is_grid(
+    value,  # from a parameter file
+    kind,  # declared type, or None for any
+) -> bool:  # True if the value stands for several
+    "Tell whether a list is a grid; for a parameter that is itself a list, only a list of lists is one."
+    if not isinstance(value, list):
+        return False
+    lists = [isinstance(v, list) for v in value]
+    return kind is not list or bool(lists) and all(lists)
+
+
 def expand(
-    given,  # name -> value or list of values
-    known,  # from `declared`
+    given: dict,  # name -> value or list of values
+    known: dict,  # from `declared`
 ) -> list:  # of (parameters, label)
     "Expand grids into their combinations."
-    is_list = lambda name: known.get(name, (None,))[0] is list
-    varied = [
-        n
-        for n, v in given.items()
-        if isinstance(v, list) and (not is_list(n) or v and all(isinstance(x, list) for x in v))
-    ]
-    for n in varied:
-        if not given[n]:
+    varied = {n: v for n, v in given.items() if _is_grid(v, known.get(n, (None,))[0])}
+    for n, values in varied.items():
+        if not values:
             raise ValueError(f"{n} is an empty list; give it at least one value")
-    rows = [given | dict(zip(varied, values)) for values in itertools.product(*(given[n] for n in varied))]
-    return [(row, " ".join(f"{n}={row[n]}" for n in varied)) for row in rows]
+    out = []
+    for values in itertools.product(*varied.values()):
+        chosen = dict(zip(varied, values))
+        out.append((given | chosen, " ".join(f"{n}={v}" for n, v in chosen.items())))
+    return out
 
-# %% ../../nbs/09_study/01_params.ipynb #2d2c3e17
+# %% ../../nbs/09_study/01_params.ipynb #bca52463
 FIELDS = ("notebook", "experiment", "recipe", "parameters", "inputs")
 
 
 def read_runs(
-    path,  # parameter file, YAML
+    path: str | Path,  # parameter file, YAML
 ) -> list:  # of Run, in the order of the grid
     "Read a parameter file, check it against its notebook, and expand it into runs."
     path = Path(path)
@@ -180,22 +190,31 @@ def read_runs(
     for key in FIELDS[:3]:
         if not isinstance(content.get(key), str):
             raise ValueError(f"{path.name}: {key} is missing")
-    return _runs(path.name, **{"parameters": {}, "inputs": {}} | {k: v for k, v in content.items() if v})
+    return _runs(path.name, **dict(parameters={}, inputs={}) | {k: v for k, v in content.items() if v})
 
-# %% ../../nbs/09_study/01_params.ipynb #a764a74e
+# %% ../../nbs/09_study/01_params.ipynb #44e50e54
+def _fingerprint(
+    name,  # path relative to the repository, or a hub id
+) -> str:  # 16 digits, or the name itself if there is no such file
+    "Fingerprint an input."
+    return hash_files(root() / name)[:16] if (root() / name).exists() else str(name)
+
+
 def _runs(where, notebook, experiment, recipe, parameters, inputs):
     "Make the runs of one file."
-    known, given = declared(root() / notebook), parameters
-    given = {k: v for k, v in dict(experiment=experiment, recipe=recipe).items() if k in known} | given
-    marks = {k: hash_files(root() / v)[:16] if (root() / v).exists() else str(v) for k, v in inputs.items()}
-    return [
-        Run(notebook, experiment, recipe, complete_parameters(root() / notebook, row, where), marks, label)
-        for row, label in expand(given, known)
-    ]
+    path = root() / notebook
+    known = declared(path)
+    named = dict(experiment=experiment, recipe=recipe)
+    given = {k: v for k, v in named.items() if k in known} | parameters
+    marks = {k: _fingerprint(v) for k, v in inputs.items()}
+    out = []
+    for row, label in expand(given, known):
+        out.append(Run(notebook, experiment, recipe, complete_parameters(path, row, where), marks, label))
+    return out
 
-# %% ../../nbs/09_study/01_params.ipynb #d1ab0e09
+# %% ../../nbs/09_study/01_params.ipynb #d3d9702a
 def replay(
-    manifest,  # path of a manifest.json, or of the folder that holds it
+    manifest: dict,  # path of a manifest.json, or of the folder that holds it
 ) -> Run:  # the run that it records
     "Read a run back from its manifest."
     path = Path(manifest)

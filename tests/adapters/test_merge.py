@@ -1,6 +1,6 @@
 """Several adapters at once, held against PEFT's mixtures and against `set_adapters` of diffusers.
 
-The notebooks test mixtures against full matrices. Here the same adapters go into the installed peers. A peer that is
+The notebooks test mixtures against full matrices. Here the same adapters go into the reference implementations. One that is
 not installed skips its tests.
 """
 
@@ -14,8 +14,8 @@ from torch import nn
 
 from stylelora.adapters.active import Adapters
 from stylelora.adapters.files import save_adapter, save_lora
-from stylelora.adapters.lora import find_targets
-from stylelora.adapters.merge import average_factors, blend, compress, delta_of
+from stylelora.adapters.lora import delta_of, find_targets
+from stylelora.adapters.merge import average_factors, blend, compress
 from stylelora.core import generator
 from stylelora.models.base import tiny_base
 from stylelora.sample.generate import generate
@@ -237,8 +237,8 @@ def drawn(base):
     return generate(base, "a cat", 0, num_inference_steps=10, guidance_scale=5.0, progress=False).images
 
 
-def spell(state, folder, layout):
-    "Write an adapter; 'old' is the spelling that diffusers wrote before it had PEFT's layers."
+def write(state, folder, layout):
+    "Write an adapter; 'old' is the key format that diffusers wrote before it had PEFT's layers."
     if layout != "old":
         return save_adapter(state, folder / (layout if layout == "peft" else f"{layout}.safetensors"), layout)
     tensors = load_file(save_adapter(state, folder / "x.safetensors"))
@@ -248,11 +248,11 @@ def spell(state, folder, layout):
 
 
 @pytest.mark.parametrize("layout", ["kohya", "peft", "old"])
-def test_the_same_adapter_in_every_spelling_draws_the_same(tmp_path, layout):
+def test_the_same_adapter_in_every_key_format_draws_the_same(tmp_path, layout):
     "Weights and pictures of an added file do not depend on who wrote it."
     shelf, state = Adapters(base := tiny_base()), whole_state(tiny_base(), 3, "paper")
     for name in ("diffusers", layout):
-        shelf.add(name, spell(state, tmp_path, name))
+        shelf.add(name, write(state, tmp_path, name))
     bare, pictures = drawn(base), {}
     for name in ("diffusers", layout):
         shelf.set_adapters(name)
@@ -276,7 +276,7 @@ def test_files_of_two_tools_are_diffusers(diffusers, peft, tmp_path, names, weig
     "A file of ours and one of kohya's, added by name to a base and to diffusers' pipeline: the same pictures."
     shelf, pipe = Adapters(base := tiny_base()), pipeline(diffusers, tiny_base())
     for name, layout, rank in (("paper_cut", "diffusers", 2), ("pixel_art", "kohya", 4)):
-        file = spell(whole_state(base, rank, name), tmp_path, layout)
+        file = write(whole_state(base, rank, name), tmp_path, layout)
         shelf.add(name, file)
         pipe.load_lora_weights(str(file), adapter_name=name)
     bare = drawn(base).astype(int)

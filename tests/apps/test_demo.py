@@ -244,7 +244,7 @@ def lab(adapted, tmp_path_factory):
 
 
 LOOK = """(() => {
-  const all = s => [...document.querySelectorAll('.jp-OutputArea-output ' + s)], images = all('img');
+  const all = s => [...document.querySelectorAll('.jp-OutputArea-output ' + s)], images = all('.jupyter-widgets img');
   const live = images.find(i => i.width > 200 && !i.alt.startsWith('The true')), truth = images.find(i => i.alt.startsWith('The true'));
   const text = s => all(s).map(e => e.textContent).join(' ');
   return {busy: all('button').find(b => b.textContent.trim() == 'Draw')?.disabled ?? null, live: live?.src ?? null, caption: live?.alt || '',

@@ -1,13 +1,22 @@
-"""Each layout in each direction: layers that arrived, error of the updates, and the difference of two pictures from the same noise."""
+"""The interop certificate: each layout in each direction, with numbers.
+
+People who train a style want to use it where they draw, and people who collect styles want to use them here. Each row of
+the certificate is one way of an adapter: from a writer over a layout to a reader, on one of three models. It says how many
+layers arrived of how many, how far the worst update is off, and how far two pictures differ that diffusers' own pipeline
+draws from the same noise, one with the adapter as the writer meant it and one as the reader got it.
+
+A row is green if exactly the right layers arrived, no update is off by more than a hundred-thousandth of the largest, and
+no pixel differs by more than one step of a byte, while the adapter itself changes the picture by at least ten such steps.
+The last condition keeps a reader from passing that loads nothing into a picture that needs nothing.
+"""
 
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from stylelora.adapters.files import load_parts, read_adapter, save_adapter
+from stylelora.adapters.files import load_components, read_adapter, save_adapter
 from stylelora.adapters.keys import TEXT
-from stylelora.adapters.merge import delta_of
 from stylelora.core import write_json
 
 from .reference import (
@@ -16,11 +25,12 @@ from .reference import (
     clone,
     compare,
     draw,
-    peer_adapter,
-    peer_updates,
+    our_updates,
     random_adapter,
     read_by_diffusers,
     read_by_peft,
+    reference_adapter,
+    reference_updates,
     write_converted,
     write_diffusers,
     write_peft,
@@ -30,7 +40,7 @@ LIMITS = dict(error=1e-5, pixels=1 / 255, change=10 / 255)
 
 
 def holds(
-    row,  # of the certificate
+    row: dict,  # of the certificate
 ) -> bool:  # whether it is green
     "Judge a row of the certificate."
     arrived = row["layers"] == row["found"] > 0 and row["error"] <= LIMITS["error"]
@@ -39,11 +49,11 @@ def holds(
 
 
 def make_row(
-    way,  # base, layout, writer and reader, by name
-    numbers,  # of `compare`
-    want=None,  # picture as the writer meant it (h,w,3); None: no picture is drawn
-    got=None,  # picture as the reader got it
-    bare=None,  # picture without an adapter
+    way: tuple,  # base, layout, writer and reader, by name
+    numbers: dict,  # of `compare`
+    want: torch.Tensor | None = None,  # picture as the writer meant it (h,w,3); None: no picture is drawn
+    got: torch.Tensor | None = None,  # picture as the reader got it
+    bare: torch.Tensor | None = None,  # picture without an adapter
 ) -> dict:  # the row, with its judgement
     "Put a row of the certificate together."
 
@@ -63,29 +73,25 @@ HERE = (
 )  # layout, reader, how it reads
 
 
-def _updates(state):
-    return {n: delta_of(s).float() for n, s in state.items()}
-
-
 def written_here(
-    base,  # name of the model
+    base: str,  # name of the model
     pipe,  # its pipeline
     peft,  # the module
-    folder,  # an empty folder for the files
-) -> list:  # rows of the certificate
-    "Write an adapter in every layout and let the peers read it."
+    folder: str | Path,  # an empty folder for the files
+) -> list[dict]:  # rows of the certificate
+    "Write an adapter in every layout and let the reference implementations read it."
     rows, bare = [], draw(pipe)
     for layout, reader, read in HERE:
         state = random_adapter(pipe, ("unet", *(TEXT if reader == "diffusers" else ())))
         name = f"{layout}-{reader}" + ".safetensors" * (layout != "peft")
         mine, theirs = (clone(type(pipe), pipe.components) for _ in range(2))
-        load_parts(mine, state)
+        load_components(mine, state)
         read(theirs, save_adapter(state, Path(folder) / name, layout), peft)
-        numbers = compare(_updates(state), peer_updates(theirs))
+        numbers = compare(our_updates(state), reference_updates(theirs))
         rows.append(make_row((base, layout, "stylelora", reader), numbers, draw(mine), draw(theirs), bare))
     state = random_adapter(pipe)
     found = by_formula(pipe, save_adapter(state, Path(folder) / "formula.safetensors", "kohya", sdxl=False))
-    return [*rows, make_row((base, "kohya", "stylelora", "its formula"), compare(_updates(state), found))]
+    return [*rows, make_row((base, "kohya", "stylelora", "its formula"), compare(our_updates(state), found))]
 
 
 # layout, writer, alpha at rank 4, whether every kind of layer takes part, and how it is written
@@ -99,26 +105,26 @@ THERE = (
 
 
 def written_there(
-    base,  # name of the model
+    base: str,  # name of the model
     pipe,  # its pipeline
     peft,  # the module
-    folder,  # an empty folder for the files
-) -> list:  # rows of the certificate
-    "Let the peers write adapters in every layout and read them."
+    folder: str | Path,  # an empty folder for the files
+) -> list[dict]:  # rows of the certificate
+    "Let the reference implementations write adapters in every layout and read them."
     rows, bare = [], draw(pipe)
     for i, (layout, writer, alpha, every, write, more) in enumerate(THERE):
         mine, theirs = (clone(type(pipe), pipe.components) for _ in range(2))
-        made = peer_adapter(theirs, peft, alpha, every)
+        made = reference_adapter(theirs, peft, alpha, every)
         (at := Path(folder) / f"there-{i}").mkdir()
         state = read_adapter(write(theirs, made, at, peft, **more), pipe.unet.config.layers_per_block).state
-        load_parts(mine, state)
-        numbers = compare(peer_updates(theirs), _updates(state))
+        load_components(mine, state)
+        numbers = compare(reference_updates(theirs), our_updates(state))
         rows.append(make_row((base, layout, writer, "stylelora"), numbers, draw(theirs), draw(mine), bare))
     return rows
 
 
 def summarise(
-    rows,  # of the certificate
+    rows: list[dict],  # of the certificate
 ) -> dict:  # numbers of rows, green rows and layers; worst error and pixel; smallest change of a picture
     "Sum up a certificate."
     drawn = [r for r in rows if r["pixels"] is not None]
@@ -134,9 +140,9 @@ def summarise(
 
 def certify(
     peft,  # the module
-    folder,  # an empty folder for the files
-    bases=tuple(BASES),  # which models
-    seed=0,  # of the random weights of models and adapters
+    folder: str | Path,  # an empty folder for the files
+    bases: tuple = tuple(BASES),  # which models
+    seed: int = 0,  # of the random weights of models and adapters
 ) -> dict:  # versions, limits, summary and rows
     "Make the interop certificate."
     if odd := set(bases) - set(BASES):
@@ -153,8 +159,8 @@ def certify(
 
 
 def write_certificate(
-    made,  # by `certify`
-    path,  # .json file to write
+    made: dict,  # by `certify`
+    path: str | Path,  # .json file to write
 ) -> Path:  # the file
     "Write a certificate, if every row is green."
     if red := [r for r in made["rows"] if not r["green"]]:

@@ -1,6 +1,6 @@
-"""Adapter files between this library and the peers: names on the real models, the certificate, and the commands.
+"""Adapter files between this library and others: names on the real models, the certificate, and the commands.
 
-`python tests/test_interop.py` makes the certificate anew and writes it to reports/results/interop.json.
+`python -m tests.interop.test_interop` makes the certificate anew and writes it to reports/results/interop.json.
 """
 
 import json
@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stylelora.adapters.files import kohya_bytes, kohya_name, load_adapter, read_adapter, save_adapter
-from stylelora.adapters.keys import dotted, from_sgm, split_parts, to_sgm
-from stylelora.adapters.lora import find_targets
-from stylelora.adapters.merge import delta_of
+from stylelora.adapters.files import load_adapter, read_adapter, save_adapter
+from stylelora.adapters.keys import dotted, from_sgm, split_components, to_sgm
+from stylelora.adapters.layouts import kohya_bytes, kohya_name
+from stylelora.adapters.lora import delta_of, find_targets
 from stylelora.apps.cli import main
 from stylelora.core import generator
 from stylelora.models.base import tiny_base
 
 from .certificate import LIMITS, certify, holds, make_row, summarise, write_certificate
-from .reference import BASES, clone, compare, peer_updates, random_adapter
+from .reference import BASES, clone, compare, our_updates, random_adapter, reference_updates
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "reports" / "results" / "interop.json"
@@ -111,9 +111,9 @@ def test_sdxl_names_are_those_of_diffusers(diffusers, layers):
     check(
         convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in read(names).items()}), names
     )
-    for part in ("text_encoder", "text_encoder_2"):
+    for component in ("text_encoder", "text_encoder_2"):
         names = [
-            f"{part}.text_model.encoder.layers.3.{n}"
+            f"{component}.text_model.encoder.layers.3.{n}"
             for n in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc2")
         ]
         check(convert_state_dict_to_peft(convert_state_dict_to_diffusers(read(names))), names)
@@ -173,13 +173,15 @@ def read_by_both(pipe, file):
     "Updates as diffusers reads a file, and as we do."
     theirs = clone(type(pipe), pipe.components)
     theirs.load_lora_weights(str(file))
-    return peer_updates(theirs), {n: delta_of(s).float() for n, s in read_adapter(file).state.items()}
+    return reference_updates(theirs), our_updates(read_adapter(file).state)
 
 
 @pytest.mark.parametrize("kind", ["without alpha", "half precision", "attention only", "text only"])
 def test_kohya_files_mean_what_they_mean_to_diffusers(peft, pipe, tmp_path, kind):
-    parts = {"attention only": ["unet"], "text only": ["text_encoder"]}.get(kind, ["unet", "text_encoder"])
-    state = random_adapter(pipe, parts)
+    components = {"attention only": ["unet"], "text only": ["text_encoder"]}.get(
+        kind, ["unet", "text_encoder"]
+    )
+    state = random_adapter(pipe, components)
     if kind == "attention only":
         state = {n: s for n, s in state.items() if ".attn" in n}
     dtype = "float16" if kind == "half precision" else None
@@ -189,7 +191,7 @@ def test_kohya_files_mean_what_they_mean_to_diffusers(peft, pipe, tmp_path, kind
     if kind == "without alpha":
         save_file({k: v for k, v in load_file(file).items() if not k.endswith("alpha")}, file)
         state = {n: s | dict(alpha=float(len(s["A"]))) for n, s in state.items()}
-    want = {n: delta_of(s).float() for n, s in state.items()}
+    want = our_updates(state)
     for got in read_by_both(pipe, file):
         numbers = compare(want, got)
         assert numbers["found"] == len(state) and numbers["error"] < (2e-3 if dtype else 1e-5), numbers
@@ -201,16 +203,16 @@ def test_a_file_that_diffusers_drops_is_refused_here(peft, pipe, tmp_path):
     save_file(load_file(file) | {"my_lora_note": torch.zeros(1)}, file)
     theirs = clone(type(pipe), pipe.components)
     theirs.load_lora_weights(str(file))
-    assert peer_updates(theirs) == {}
+    assert reference_updates(theirs) == {}
     with pytest.raises(ValueError, match="1 of 835 keys are not understood: 'my_lora_note'"):
         read_adapter(file)
     assert len(read_adapter(file, strict=False).state) == 278
 
 
 def test_alphas_that_differ_arrive_in_diffusers(peft, pipe, tmp_path):
-    "Its kohya reader loses alphas that are not all equal, so our files have one; a file of another hand is read here."
+    "Its kohya reader loses alphas that are not all equal, so our files have one; a file of somebody else is read here."
     state = random_adapter(pipe, ["unet", "text_encoder"])
-    want = {n: delta_of(s).float() for n, s in state.items()}
+    want = our_updates(state)
     assert len({s["alpha"] for s in state.values()}) == 4
     file = save_adapter(state, tmp_path / "a.safetensors", "kohya")
     assert len({v.item() for k, v in load_file(file).items() if k.endswith("alpha")}) == 1
@@ -220,7 +222,7 @@ def test_alphas_that_differ_arrive_in_diffusers(peft, pipe, tmp_path):
     assert (
         len({v.item() for k, v in load_file(tmp_path / "b.safetensors").items() if k.endswith("alpha")}) == 4
     )
-    got = {n: delta_of(s).float() for n, s in read_adapter(tmp_path / "b.safetensors").state.items()}
+    got = our_updates(read_adapter(tmp_path / "b.safetensors").state)
     assert (
         compare(want, got) | dict(error=0) == dict(layers=290, found=290, error=0)
         and compare(want, got)["error"] < 1e-6
@@ -279,7 +281,7 @@ def test_convert_there_and_back(capsys, tmp_path, adapter):
     )
     k.write_bytes(before := k.read_bytes() + b" ")
     code, said = command(capsys, "convert", d, k, "--to", "kohya")
-    assert code == 2 and "exists already" in said and k.read_bytes() == before
+    assert code == 1 and "exists already" in said and k.read_bytes() == before
     assert command(capsys, "convert", d, k, "--to", "kohya", "--force")[0] == 0 and k.read_bytes() != before
     code, said = command(capsys, "inspect", k)
     assert code == 0 and "k.safetensors: kohya" in said
@@ -297,7 +299,7 @@ def test_convert_refuses_before_it_writes(capsys, tmp_path, adapter):
         ((adapter, adapter, "--force"), "one of the sources"),
     ):
         code, said = command(capsys, "convert", *words)
-        assert code == 2 and text in said, said
+        assert code == 1 and text in said, said
     assert not out.exists()
 
 
@@ -311,7 +313,7 @@ def test_every_layout_draws_the_same(capsys, tmp_path, adapter):
             "x",
             "--base",
             "tiny",
-            "--num_inference_steps",
+            "--num-inference-steps",
             2,
             "--n",
             1,
@@ -327,16 +329,16 @@ def test_every_layout_draws_the_same(capsys, tmp_path, adapter):
 def test_into_a_model_and_out_again(capsys, tmp_path, adapter):
     model, out = tmp_path / "model", tmp_path / "x.safetensors"
     assert command(capsys, "merge", adapter, "--into", "tiny", "--out", model, "--weights", "0.5")[0] == 0
-    code, said = command(capsys, "extract", "tiny", model, out, "--rank", 2, "--target_modules", "attention")
+    code, said = command(capsys, "extract", "tiny", model, out, "--rank", 2, "--target-modules", "attention")
     assert code == 0 and "keep 100.00% of the energy" in said, said
     want, got = read_adapter(adapter).state, read_adapter(out).state
     for n in want:
         assert (delta_of(got[n]) - 0.5 * delta_of(want[n])).abs().max() < 1e-5
-    assert split_parts(got).keys() == {"unet"}
+    assert split_components(got).keys() == {"unet"}
     code, said = command(capsys, "extract", "tiny", model, out)
-    assert code == 2 and "exists already" in said
+    assert code == 1 and "exists already" in said
     code, said = command(capsys, "extract", "tiny", "embedded", tmp_path / "y.safetensors")
-    assert code == 2 and "not alike in both models" in said
+    assert code == 1 and "not alike in both models" in said
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 
 from stylelora.core import assets, read_json, root
 from stylelora.data.grid import load_grid, make_caption
-from stylelora.measure.evaluate import load_panel, score_pictures
+from stylelora.measure.evaluate import load_scorers, score_pictures
 from stylelora.models.load import load_base
 from stylelora.sample.generate import generate
 
@@ -31,7 +31,7 @@ def test_no_held_out_style_is_drawn_before_a_lora_is_trained(base, style):
         batch=CONCEPTS,
         progress=False,
     ).images
-    panel = load_panel(style, "test", 10, clip="", lite0=False, device="cpu")
+    panel = load_scorers(style, "test", 10, clip="", lite0=False, device="cpu")
     right_style = score_pictures(panel, drawn, concepts).style_at_1
     assert right_style.mean() <= 0.25, (
         f"{right_style.mean():.2f} of the bare base's pictures look like {style}"

@@ -1,7 +1,7 @@
-"""Parity with the installed peers: PEFT's layers, diffusers' and k-diffusion's samplers, diffusers' LoRA files.
+"""Parity with other libraries: PEFT's layers, diffusers' and k-diffusion's samplers, diffusers' LoRA files.
 
 The notebooks test everything against formulas. Here the same things are held against other people's code, on the same
-numbers. A peer that is not installed skips its tests.
+numbers. A library that is not installed skips its tests.
 """
 
 import importlib
@@ -114,7 +114,7 @@ def test_layer_is_peft(peft, kind, args, kw, shape):
 
 
 def test_start_is_peft(peft):
-    "A starts with the same law as PEFT's: same bound, same spread; B is zero in both."
+    "A starts with the same distribution as PEFT's: same bound, same spread; B is zero in both."
     ours = LoRALinear(nn.Linear(512, 8), rank=64, generator=generator("start"))
     theirs = peft.get_peft_model(
         nn.Sequential(nn.Linear(512, 8)), peft.LoraConfig(r=64, target_modules=["0"])
@@ -285,7 +285,7 @@ def test_ddim_with_fresh_noise_is_diffusers(diffusers):
 
 @pytest.mark.parametrize("n", [10, 20, 50])
 @pytest.mark.parametrize(
-    "spacing, final",
+    "timestep_spacing, final",
     [
         ("leading", "zero"),
         ("leading", "sigma_min"),

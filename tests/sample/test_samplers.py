@@ -1,8 +1,8 @@
-"""What a sampler promises, beyond agreeing with its peers: published numbers, order of convergence, variance, cost.
+"""What a sampler promises, beyond agreeing with other libraries: published numbers, order of convergence, variance, cost.
 
 `test_parity.py` holds single samplers against other people's code. Here are the numbers that those people's own tests
 expect, the exact probability flow of a mixture of Gaussians, the exact variance of every stochastic step on a
-Gaussian, and the bookkeeping of `generate`. A peer that is not installed skips its tests.
+Gaussian, and the bookkeeping of `generate`. A library that is not installed skips its tests.
 """
 
 import math
@@ -51,7 +51,7 @@ def test_the_schedule_of_stable_diffusion():
 
 
 @pytest.mark.parametrize(
-    "spacing, first, last, sigma",
+    "timestep_spacing, first, last, sigma",
     [
         ("leading", (951, 901, 851), (101, 51, 1), 11.0283),
         ("trailing", (999, 949, 899), (99, 49), 14.6146),
@@ -81,7 +81,7 @@ def test_karras_levels_of_ten_steps():
     )  # theirs are made of a float32 table
 
 
-@pytest.mark.parametrize("spacing, expected", [("karras", 0.2096), ("exponential", 0.1554)])
+@pytest.mark.parametrize("timestep_spacing, expected", [("karras", 0.2096), ("exponential", 0.1554)])
 def test_dpmpp_2m_goldens_of_other_levels(timestep_spacing, expected):
     """diffusers' loops with velocity prediction on Karras' and on Lu's levels; its tests allow 1e-3.
 

@@ -16,7 +16,8 @@ from stylelora.adapters.files import read_lora
 from stylelora.core import read_json, root
 from stylelora.models.base import tiny_base
 from stylelora.models.load import load_base, save_base
-from stylelora.study.plan import announce, cost_lines, inputs_of, plan_runs, read_profile
+from stylelora.study.cost import cost_lines
+from stylelora.study.plan import announce, inputs_of, plan_runs, read_profile
 from stylelora.study.study import run_study
 from tests.fixtures import tiny_scorers
 

@@ -15,7 +15,8 @@ import pytest
 from stylelora.core import hash_files, read_json, root
 from stylelora.study.plan import plan_runs, read_profile
 from stylelora.study.results import SCHEMA
-from stylelora.study.runs import is_complete, run_parallel
+from stylelora.study.runs import is_complete
+from stylelora.study.workers import run_parallel
 from stylelora.study.study import run_study
 
 FIGURES = "scatter.svg density.svg curves.svg contrasts.svg samples.webp progression.webp".split()

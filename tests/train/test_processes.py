@@ -20,7 +20,7 @@ SCRIPT = """
     folder, stop_at, rank = sys.argv[1], int(sys.argv[2]), int(os.environ.get("RANK", 0))
     base = tiny_base()
     data = torch.randn(8, 4, 8, 8, generator=generator("data")), encode_text(base, [f"thing {i}" for i in range(8)])
-    config = TrainConfig(steps=6, lr=1e-2, rank=2, batch_size=5, target_modules="attention", caption_dropout=.3, val_every=2,
+    config = TrainConfig(train_steps=6, lr=1e-2, rank=2, batch_size=5, target_modules="attention", caption_dropout=.3, val_every=2,
                          save_every=2, gradient_accumulation_steps=2)
     def tell(step, base):
         say(f"rank {rank} sample {step}")
