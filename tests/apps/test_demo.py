@@ -123,7 +123,7 @@ def test_every_control_changes_the_picture(panel):
     press(panel, num_inference_steps=4, sampler="euler_ancestral", first=files[0], second=files[1])
     seen = [panel.drawn[0].image.tobytes()]
     for k, v in dict(
-        scale=0.5,
+        lora_scale=0.5,
         blend=0.9,
         guidance_scale=2.0,
         num_inference_steps=5,

@@ -73,11 +73,11 @@ def test_every_page_is_built(site):
 
 def test_every_library_notebook_is_in_the_sidebar(site):
     text = (site / "index.html").read_text()
-    for nb in sorted((root() / "nbs").glob("*.ipynb")):
-        assert f"nbs/{nb.stem}.html" in text, nb.name
+    for nb in sorted((root() / "nbs").glob("[0-9]*/*.ipynb")):
+        assert f"nbs/{nb.parent.name}/{nb.stem}.html" in text, nb.name
 
 
-def test_the_arm_of_an_executed_notebook_is_named_once(site):
+def test_the_recipe_of_an_executed_notebook_is_named_once(site):
     text = (site / "index.html").read_text()  # the sidebar has the titles of all pages
     recipes = {p.stem.partition("-")[2] for p in (root() / "reports" / "runs").glob("[!_]*/*-*.ipynb")}
     assert recipes and not [a for a in recipes if f"({a})" not in text]

@@ -20,7 +20,7 @@ from stylelora.study.params import read_runs, replay
 from stylelora.study.plan import known_runs, plan_runs, read_profile
 from stylelora.study.runs import is_complete, main, report, run_batch, run_one
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = """steps = 3           # how far to count
 rate = 1e-3         # a number
 name = "count"      # a text

@@ -16,8 +16,8 @@ from stylelora.core import hash_files, read_json, root
 from stylelora.study.plan import plan_runs, read_profile
 from stylelora.study.results import SCHEMA
 from stylelora.study.runs import is_complete
-from stylelora.study.workers import run_parallel
 from stylelora.study.study import run_study
+from stylelora.study.workers import run_parallel
 
 FIGURES = "scatter.svg density.svg curves.svg contrasts.svg samples.webp progression.webp".split()
 
