@@ -46,6 +46,14 @@ def _mark(net):
     flat = [w.reshape(-1).cpu().contiguous().view(torch.uint8) for w in weights]
     return sha256_bytes(b"".join(v.numpy().tobytes() for v in flat))
 
+
+def _check_names(styles, target, base):
+    "Refuse unknown styles, and a target that the base model knows."
+    if unknown := {target, *base} - set(styles):
+        raise ValueError(f"{sorted(unknown)} not among {styles}")
+    if target in base:
+        raise ValueError(f"{target!r} is a base style; a held-out style is needed")
+
 # %% ../../nbs/08_measure/07_evaluate.ipynb #bbce2c30
 def remember(
     embed: Callable,  # function from pictures to a dictionary of tensors
@@ -110,16 +118,12 @@ def make_judge(
     keep: Path | None = None,  # folder that keeps embeddings of true drawings, see `remember`
 ) -> Judge:  # ready to score
     "Embed all true drawings, and measure the competition."
-    if unknown := {target, *base} - set(styles):
-        raise ValueError(f"{sorted(unknown)} not among {styles}")
-    if target in base:
-        raise ValueError(f"{target!r} is a base style; a held-out style is needed")
+    _check_names(styles, target, base)
     rival = competitor(drawings, present, styles.index(target), [styles.index(v) for v in base], net)
     see = remember(evaluator.embed, evaluator, keep)
-    judge = Judge(
-        list(concepts), list(styles), target, list(base), drawings, present, evaluator, net, {}, rival
-    )
-    judge.grids, judge.train = embed_grid(drawings, present, see), train and (*train, embed_grid(*train, see))
+    names = [*concepts], [*styles], target, [*base]
+    judge = Judge(*names, drawings, present, evaluator, net, embed_grid(drawings, present, see), rival)
+    judge.train = train and (*train, embed_grid(*train, see))
     for name, f in (others or {}).items():
         judge.others[name] = f, embed_grid(drawings, present, lambda x: dict(content=f(x)))["content"]
     return judge

@@ -61,7 +61,7 @@ def test_every_mixture_has_every_dose_for_every_concept(rows):
     counts = found.groupby(["recipe", "metric"], observed=True).concept.nunique().unstack()
     assert sorted(counts.index) == MIXTURES and set(counts.columns) == set(DOSES)
     assert (counts == 4).all(axis=None), counts
-    assert set(rows.style) == {"ink"}
+    assert set(rows["style"]) == {"ink"}
 
 
 def test_doses_are_zero_near_the_base_styles_and_one_near_the_truth(rows):

@@ -97,7 +97,7 @@ def test_every_arm_and_every_network_has_its_rows(study):
     assert set(
         rows[rows.metric == "clip_style"].groupby("recipe", observed=True).size()[["L1", "truth"]]
     ) == {20, 10}
-    assert set(rows.style) == {"artbench/ukiyo_e"}
+    assert set(rows["style"]) == {"artbench/ukiyo_e"}
 
 
 def test_content_is_measured_from_the_bare_base(study):
