@@ -16,7 +16,7 @@ from .base import Base, make_base, tiny_base
 from .components import PARTS, PICKLES, SECOND, check_base_folder, find_vae, first_line
 from .components import load_part, wants_two, with_vae
 from .tiny import TINY, quiet
-from ..noise.schedule import Schedule, schedule_from_config
+from ..noise.schedule import schedule_from_config
 
 # %% ../../nbs/03_models/04_load.ipynb #ed12e29c
 def schedule_of(

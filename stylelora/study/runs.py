@@ -8,7 +8,7 @@ __all__ = ['PACKAGES', 'OUTCOME', 'BAR', 'working_folder', 'progress', 'note', '
            'run_one', 'title_of', 'last_words', 'run_batch', 'report', 'main']
 
 # %% ../../nbs/09_study/02_runs.ipynb #4086e4ef
-import argparse, json, os, platform, psutil, re, shutil, subprocess, sys, tempfile, threading, time, traceback
+import argparse, os, platform, psutil, re, shutil, subprocess, sys, tempfile, threading, time, traceback
 from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
