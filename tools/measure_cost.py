@@ -18,7 +18,7 @@ from stylelora.core import generator
 from stylelora.models.base import full_base
 from stylelora.models.load import save_base
 from stylelora.models.tiny import randomise
-from stylelora.study.plan import measure_base, record_cost
+from stylelora.study.cost import measure_base, record_cost
 
 
 def published(folder):

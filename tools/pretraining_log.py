@@ -2,7 +2,7 @@
 
     python tools/pretraining_log.py unet data/unet       # the log and the evaluations of one network
     python tools/pretraining_log.py unet data/unet3 578560   # the same, of a run that started from a network of so many
-    python tools/pretraining_log.py attempt "what was changed and why"   # after 07_gates: gates and picture of this base
+    python tools/pretraining_log.py attempt "what was changed and why"   # after 11_gates: gates and picture of this base
 
 The first replaces the curve from the first logged image on (a run that goes on from an older one keeps the older part, and
 counts from the drawings which that one had seen); the last adds a row to the list of attempts and keeps the picture under a name of its own.

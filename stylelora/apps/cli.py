@@ -106,7 +106,7 @@ def run_sample(
     have the form '<style> emoji of <thing>', with the styles noto, blob,
     twemoji, emojione and fxemoji; <s1> to <s8> are for adapters. An unknown
     sampler or spacing is answered with the names that exist."""
-    from stylelora.adapters.merge import files_of
+    from stylelora.adapters.files import files_of
     from stylelora.sample.generate import start_picture
 
     settings = settings_of(how, start, pictures)

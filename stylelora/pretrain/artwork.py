@@ -364,12 +364,14 @@ def _shipped_cells():
         full=False,
     )
 
-# %% ../../nbs/pretrain/01_artwork.ipynb #83070c7b
+# %% ../../nbs/pretrain/01_artwork.ipynb #693abe9a
 def choose_cells(
     cells: dict,  # from read_cells
     which: str,  # "seen", "left_out" or "others"
 ) -> np.ndarray:  # row numbers
     "Select the drawings that a network may see, or those that test it."
+    if "role" in cells:
+        return _choose_rows(cells, which)
     base = {v for v, (_, r) in VENDORS.items() if r == "base"}
     keep = dict(
         seen=lambda c, v, s: v in base and s != "novel" and (c, v) not in cells["left"],
@@ -378,3 +380,9 @@ def choose_cells(
     )[which]
     pairs = zip(cells["concept"].tolist(), cells["style"].tolist())
     return np.array([i for i, (c, v) in enumerate(pairs) if keep(c, v, cells["info"][c]["split"])], dtype=int)
+
+
+def _choose_rows(cells, which):
+    free = np.array([cells["info"][c]["split"] == "base" for c in cells["concept"]])
+    role, there = cells["role"], cells["role"] != "missing"
+    return np.flatnonzero(dict(seen=role == "seen", left_out=role == "left_out", others=free & there)[which])

@@ -12,5 +12,7 @@ NETWORKS += [f"stylelora.measure.{m}" for m in ("embedders", "perceptual", "eval
 
 def test_results_and_pages_import_no_network():
     code = f"import sys, {', '.join(LIGHT)}; print(*sorted(set({NETWORKS!r}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=root(), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root(), capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == []
