@@ -185,6 +185,8 @@ def rule_outputs(path, raw, cells):
         for o in c.raw.get("outputs", []):
             if o["output_type"] == "error":
                 yield f"{c}: stored error {o.get('ename')}"
+            if "application/vnd.jupyter.widget-view+json" in o.get("data", {}):
+                yield f"{c}: a widget that no page can show"
             if o.get("name") == "stderr":
                 yield f"{c}: stored stderr: {''.join(o['text'])[:80]!r}"
     for c in cells:
