@@ -11,7 +11,7 @@ DEVICE  ?= auto
 BIN     := $(abspath $(VENV))/bin
 READY   := $(VENV)/.installed
 STEP    := bash tools/step.sh
-LIBRARY := $(sort $(wildcard nbs/[0-9]*/*.ipynb))
+LIBRARY := $(sort $(wildcard nbs/[0-9]*.ipynb nbs/[0-9]*/*.ipynb))
 PRETRAIN := $(sort $(wildcard nbs/pretrain/*.ipynb))
 
 export PATH := $(BIN):$(PATH)

@@ -11,16 +11,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../../nbs/pretrain/06_autoencoder.ipynb #3f2827d6
+# %% ../../nbs/pretrain/06_autoencoder.ipynb #009466bf
 BLOCKS = {4: ((1, 1, 3), (3, 1, 1)), 8: ((0, 1, 2, 3), (3, 3, 1, 0))}  # factor: residual blocks down and up
 
-# %% ../../nbs/pretrain/06_autoencoder.ipynb #378ef0fe
+
+def _initialise(net):
+    for m in net.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+            if m.bias is not None:
+                torch.nn.init.zeros_(m.bias)
+    for m in net.modules():
+        if type(m).__name__ == "AutoencoderTinyBlock":
+            torch.nn.init.zeros_(m.conv[-1].weight)
+    for end in (net.encoder.layers[-1], net.decoder.layers[-1]):
+        torch.nn.init.xavier_normal_(end.weight, gain=0.5)
+
+# %% ../../nbs/pretrain/06_autoencoder.ipynb #04fd0986
 def new_autoencoder(
     channels: int = 64,  # width of every layer
     latent_channels: int = 4,  # channels of the latent
     seed: int = 0,  # of the initial weights
     factor: int = 4,  # pixels a latent position, in each direction: 4 or 8
-):  # a diffusers AutoencoderTiny, blocks starting as the identity
+) -> torch.nn.Module:  # a diffusers AutoencoderTiny, blocks starting as the identity
     "Make the autoencoder with He initialisation and zero-ended residual blocks."
     from diffusers import AutoencoderTiny
 
@@ -35,19 +48,21 @@ def new_autoencoder(
             num_decoder_blocks=up,
             latent_channels=latent_channels,
         )
-        for m in net.modules():
-            if isinstance(m, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
-                if m.bias is not None:
-                    torch.nn.init.zeros_(m.bias)
-        for m in net.modules():
-            if type(m).__name__ == "AutoencoderTinyBlock":
-                torch.nn.init.zeros_(m.conv[-1].weight)
-        for end in (net.encoder.layers[-1], net.decoder.layers[-1]):
-            torch.nn.init.xavier_normal_(end.weight, gain=0.5)
+        _initialise(net)
     return net
 
-# %% ../../nbs/pretrain/06_autoencoder.ipynb #b78f47f6
+# %% ../../nbs/pretrain/06_autoencoder.ipynb #82fbd6c6
+def _vary(x, grey, gen):
+    u = torch.rand(3, generator=gen)
+    if u[0] < 0.15:
+        x = x[:, torch.randperm(3, generator=gen)]
+    if u[1] < grey:
+        x = x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    if u[2] < 0.5:
+        x = x.flip(3)
+    return x.contiguous(memory_format=torch.channels_last)
+
+# %% ../../nbs/pretrain/06_autoencoder.ipynb #83836d1c
 def crops(
     x: torch.Tensor,  # drawings (n,3,h,w) uint8
     step: int,  # every fourth step is whole drawings
@@ -60,16 +75,9 @@ def crops(
     if not whole:
         yx = torch.randint(0, h // 8 + 1, (len(pick), 2), generator=gen) * 4
         pick = torch.stack([p[:, a : a + h // 2, b : b + h // 2] for p, (a, b) in zip(pick, yx.tolist())])
-    u = torch.rand(3, generator=gen)
-    if u[0] < 0.15:
-        pick = pick[:, torch.randperm(3, generator=gen)]
-    if u[1] < 0.06:
-        pick = pick.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    if u[2] < 0.5:
-        pick = pick.flip(3)
-    return pick.contiguous(memory_format=torch.channels_last)
+    return _vary(pick, 0.06, gen)
 
-# %% ../../nbs/pretrain/06_autoencoder.ipynb #825a09f6
+# %% ../../nbs/pretrain/06_autoencoder.ipynb #bb7be6c5
 def patches(
     pictures: np.ndarray,  # a store (n,h,w,3) uint8
     rows: tuple,  # row numbers of plain and of treated pictures
@@ -89,18 +97,11 @@ def patches(
         cut = [x[a : a + side, b : b + side] for a, b in spots[k]]
         out[k] = max(cut, key=np.std) if side < len(x) else x
     out = torch.from_numpy(out).permute(0, 3, 1, 2).float() / 127.5 - 1
-    u = torch.rand(3, generator=gen)
-    if u[0] < 0.15:
-        out = out[:, torch.randperm(3, generator=gen)]
-    if u[1] < 0.05:
-        out = out.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    if u[2] < 0.5:
-        out = out.flip(3)
-    return out.contiguous(memory_format=torch.channels_last)
+    return _vary(out, 0.05, gen)
 
-# %% ../../nbs/pretrain/06_autoencoder.ipynb #4838a3af
+# %% ../../nbs/pretrain/06_autoencoder.ipynb #e1e4382c
 def autoencoder_loss(
-    net,  # AutoencoderTiny
+    net: torch.nn.Module,  # AutoencoderTiny
     x: torch.Tensor,  # (b,3,h,w) in [-1,1]
     noise: torch.Tensor,  # standard normal, of the latents' shape
     amp: bool = True,  # bf16 autocast
@@ -119,10 +120,10 @@ def autoencoder_loss(
     colour = F.avg_pool2d(d, 4).abs().mean()
     return d.abs().mean() + edge * edges + flat * colour + square * d.pow(2).mean() + 0.05 * moments
 
-# %% ../../nbs/pretrain/06_autoencoder.ipynb #5e285da9
+# %% ../../nbs/pretrain/06_autoencoder.ipynb #8ff91420
 @torch.no_grad()
 def psnr(
-    net,  # AutoencoderTiny
+    net: torch.nn.Module,  # AutoencoderTiny
     x: torch.Tensor,  # (n,3,h,w) uint8
     batch: int = 32,  # drawings at a time; changes memory, not the result
 ) -> torch.Tensor:  # decibels (n,)
@@ -134,11 +135,11 @@ def psnr(
         out.append(-10 * ((a - y) / 2).pow(2).mean((1, 2, 3)).log10())
     return torch.cat(out)
 
-# %% ../../nbs/pretrain/06_autoencoder.ipynb #bef88372
+# %% ../../nbs/pretrain/06_autoencoder.ipynb #13221baa
 @torch.no_grad()
 def widen(
-    net,  # AutoencoderTiny, changed in place
-    old,  # the same with as many latent channels or fewer
+    net: torch.nn.Module,  # AutoencoderTiny, changed in place
+    old: torch.nn.Module,  # the same with as many latent channels or fewer
 ) -> None:
     "Take over a trained autoencoder; its decoder ignores additional latent channels at first."
     for (name, p), q in zip(net.named_parameters(), old.parameters()):

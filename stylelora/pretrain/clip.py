@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['N_STYLES', 'train_tokenizer', 'random_caption', 'contrastive_loss', 'new_clip']
 
-# %% ../../nbs/pretrain/07_clip.ipynb #459ad436
+# %% ../../nbs/pretrain/07_clip.ipynb #dabd1e5b
 "A byte-pair tokenizer trained on the captions, and a small CLIP over concepts."
 import random
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..data.grid import make_caption
 
-# %% ../../nbs/pretrain/07_clip.ipynb #3ca09770
+# %% ../../nbs/pretrain/07_clip.ipynb #ffd7668f
 def _learn_pieces(texts, vocab_size, letters):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -31,14 +31,14 @@ def _learn_pieces(texts, vocab_size, letters):
     t.train_from_iterator(texts, trainer)
     return t
 
-# %% ../../nbs/pretrain/07_clip.ipynb #f3c11cfc
+# %% ../../nbs/pretrain/07_clip.ipynb #6ca54316
 def _merges(t):
     import json
 
     merges = json.loads(t.to_str())["model"]["merges"]
     return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
 
-# %% ../../nbs/pretrain/07_clip.ipynb #68e4b05f
+# %% ../../nbs/pretrain/07_clip.ipynb #1f20abb8
 N_STYLES = 8  # reserved tokens of the first base
 
 
@@ -47,7 +47,7 @@ def train_tokenizer(
     vocab_size: int = 2600,  # learned pieces
     max_length: int = 24,  # tokens of a caption, with start and end
     n_styles: int = N_STYLES,  # reserved tokens
-):  # a transformers CLIPTokenizer
+) -> object:  # a transformers CLIPTokenizer
     "Learn a CLIP byte-pair tokenizer from captions and reserve the style tokens."
     from transformers import CLIPTokenizer
 
@@ -72,7 +72,7 @@ def random_caption(
     n = rng.choice([0, 0, *range(most + 1)])
     return make_caption(info["concept"], word, rng.sample(info["keywords"], min(n, len(info["keywords"]))))
 
-# %% ../../nbs/pretrain/07_clip.ipynb #89de06d3
+# %% ../../nbs/pretrain/07_clip.ipynb #04fcea01
 def contrastive_loss(
     text: torch.Tensor,  # embeddings of captions (b,d)
     image: torch.Tensor,  # embeddings of drawings (b,d), same order
@@ -88,15 +88,27 @@ def contrastive_loss(
     within = scale.detach() * b @ b.T - 1e4 * torch.eye(len(b), device=b.device)
     return pairs - 0.5 * (others * within.log_softmax(1)).sum(1).div(others.sum(1).clamp(min=1)).mean()
 
-# %% ../../nbs/pretrain/07_clip.ipynb #e8e21c3e
+# %% ../../nbs/pretrain/07_clip.ipynb #f4911bee
+def _text_config(tokenizer, layers):
+    end = tokenizer.eos_token_id
+    return dict(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=layers,
+        pad_token_id=end,
+        eos_token_id=end,
+        bos_token_id=tokenizer.bos_token_id,
+        max_position_embeddings=tokenizer.model_max_length,
+    )
+
+# %% ../../nbs/pretrain/07_clip.ipynb #0024ce49
 def new_clip(
-    tokenizer,  # CLIPTokenizer
+    tokenizer: object,  # CLIPTokenizer
     size: int = 64,  # pixels
     width: int = 192,  # channels of both transformers; heads have a third of it
     text_layers: int = 3,  # transformer layers of the text half
     image_layers: int = 4,  # transformer layers of the image half
     seed: int = 0,  # of the first weights
-):  # a transformers CLIPModel
+) -> torch.nn.Module:  # a transformers CLIPModel
     "Make a small CLIP."
     from transformers import CLIPConfig, CLIPModel
 
@@ -107,16 +119,7 @@ def new_clip(
         projection_dim=128,
         hidden_act="quick_gelu",
     )
-    end = tokenizer.eos_token_id
-    text = dict(
-        both,
-        vocab_size=len(tokenizer),
-        num_hidden_layers=text_layers,
-        pad_token_id=end,
-        eos_token_id=end,
-        bos_token_id=tokenizer.bos_token_id,
-        max_position_embeddings=tokenizer.model_max_length,
-    )
+    text = both | _text_config(tokenizer, text_layers)
     image = dict(both, num_hidden_layers=image_layers, image_size=size, patch_size=size // 8)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

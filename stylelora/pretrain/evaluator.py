@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['wobble', 'proxy_loss']
 
-# %% ../../nbs/pretrain/08_evaluator.ipynb #f19de0df
+# %% ../../nbs/pretrain/08_evaluator.ipynb #964dad30
 "A separate small network that tells concepts and styles apart."
 import torch
 import torch.nn.functional as F
 
-# %% ../../nbs/pretrain/08_evaluator.ipynb #f07d0b20
+# %% ../../nbs/pretrain/08_evaluator.ipynb #7043727f
 def wobble(
     x: torch.Tensor,  # drawings on white (b,3,h,w) in [0,1]
     gen: torch.Generator,  # draws all of it
@@ -28,7 +28,7 @@ def wobble(
         x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
     return x
 
-# %% ../../nbs/pretrain/08_evaluator.ipynb #4dd3d22a
+# %% ../../nbs/pretrain/08_evaluator.ipynb #9df70dc4
 def proxy_loss(
     embedding: torch.Tensor,  # unit vectors (b,d)
     proxies: torch.Tensor,  # one vector per class (k,d)

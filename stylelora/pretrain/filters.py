@@ -11,7 +11,7 @@ __all__ = ['luma', 'rgb', 'chroma', 'turn_hue', 'ramp', 'levels', 'unit', 'blur'
 import numpy as np
 from scipy import ndimage as nd
 
-# %% ../../nbs/pretrain/03_filters.ipynb #28ed2ac8
+# %% ../../nbs/pretrain/03_filters.ipynb #3ee4a314
 def luma(
     x: np.ndarray,  # picture (h,w,3)
 ) -> np.ndarray:  # brightness (h,w)
@@ -34,7 +34,7 @@ def chroma(
     g = luma(x)[..., None]
     return (g + (x - g) * gain).clip(0, 1)
 
-# %% ../../nbs/pretrain/03_filters.ipynb #5f3db86e
+# %% ../../nbs/pretrain/03_filters.ipynb #baa28b0c
 def turn_hue(
     x: np.ndarray,  # picture (h,w,3)
     turn: float,  # share of a full circle
@@ -54,7 +54,7 @@ def ramp(
     c = np.stack([rgb(k) for k in colours])
     return np.stack([np.interp(luma(x), np.linspace(0, 1, len(c)), c[:, i]) for i in range(3)], -1)
 
-# %% ../../nbs/pretrain/03_filters.ipynb #0b79929b
+# %% ../../nbs/pretrain/03_filters.ipynb #570c335e
 def levels(
     x: np.ndarray,  # picture (h,w,3)
     a: np.ndarray,  # coverage (h,w)
@@ -67,7 +67,7 @@ def levels(
     k = (g * len(colours) * 0.999).astype(int).clip(0, len(colours) - 1)
     return np.stack([rgb(c) for c in colours])[k]
 
-# %% ../../nbs/pretrain/03_filters.ipynb #05e4222b
+# %% ../../nbs/pretrain/03_filters.ipynb #cafc1131
 def unit(
     x: np.ndarray,  # picture or map, square
 ) -> float:  # pixels
@@ -91,7 +91,7 @@ def mix(
     "Blend two pictures."
     return x + (y - x) * (w[..., None] if np.ndim(w) == 2 else w)
 
-# %% ../../nbs/pretrain/03_filters.ipynb #669467e9
+# %% ../../nbs/pretrain/03_filters.ipynb #dfa3712e
 def smooth(
     v: np.ndarray,  # any values
     lo: float,  # becomes 0
@@ -117,7 +117,7 @@ def edges(
     g = np.sqrt(sum(nd.sobel(x, axis=k) ** 2 for k in (0, 1)).sum(-1))
     return g / (g.max() + 1e-6)
 
-# %% ../../nbs/pretrain/03_filters.ipynb #708f527e
+# %% ../../nbs/pretrain/03_filters.ipynb #042b1bb6
 def disc(
     r: float,  # radius in pixels
 ) -> np.ndarray:  # boolean footprint
@@ -134,7 +134,7 @@ def wide(
     "Widen what is bright by a radius."
     return nd.grey_dilation(a, footprint=disc(r)) if r >= 1 else a
 
-# %% ../../nbs/pretrain/03_filters.ipynb #340eb72b
+# %% ../../nbs/pretrain/03_filters.ipynb #719ec824
 def noise(
     rng: np.random.Generator,  # seeded
     n: int,  # side
@@ -157,7 +157,7 @@ def moved(
     take = lambda v: nd.map_coordinates(v, np.stack([y + dy, xx + dx]), order=1, mode="nearest")
     return np.stack([take(x[..., c]) for c in range(3)], -1), take(a)
 
-# %% ../../nbs/pretrain/03_filters.ipynb #1981d57d
+# %% ../../nbs/pretrain/03_filters.ipynb #a35fb5a2
 def coverage(
     x: np.ndarray,  # picture on white (h,w,3)
 ) -> np.ndarray:  # (h,w) between 0 and 1

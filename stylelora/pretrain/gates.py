@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['GATES', 'SECOND', 'judge', 'nearest_style', 'content_at_1', 'copy_rate']
 
-# %% ../../nbs/pretrain/11_gates.ipynb #535e12a9
+# %% ../../nbs/pretrain/11_gates.ipynb #db798bc1
 "Is the base good enough for a study? Gates with floors and ceilings."
 import numpy as np
 
 from ..measure.retrieval import content_scores, unit
 
-# %% ../../nbs/pretrain/11_gates.ipynb #55aa9f81
+# %% ../../nbs/pretrain/11_gates.ipynb #40f5701a
 GATES = dict(  # name: (least share of the ceiling on cpu, on gpu); psnr in dB, copy rate at most
     autoencoder_psnr_db=(28.0, 28.0),
     style_at_1=(0.90, 0.90),
@@ -30,7 +30,7 @@ SECOND = dict(  # the same for the second base; shares of the ceiling where ther
     copy_rate_left_out=0.05,
 )
 
-# %% ../../nbs/pretrain/11_gates.ipynb #851ffc76
+# %% ../../nbs/pretrain/11_gates.ipynb #eeb303a9
 def judge(
     name: str,  # a key of GATES, or of SECOND
     value: float,  # measured
@@ -43,7 +43,7 @@ def judge(
     holds = bool(score < gate if "copy" in name else score >= gate)
     return dict(name=name, value=value, ceiling=ceiling, gate=gate, holds=holds)
 
-# %% ../../nbs/pretrain/11_gates.ipynb #7aa99731
+# %% ../../nbs/pretrain/11_gates.ipynb #09389af2
 def nearest_style(
     x: np.ndarray,  # style embeddings of pictures (b,d)
     concept: np.ndarray,  # concept of each picture (b,)
@@ -60,7 +60,7 @@ def nearest_style(
         out.append(styles[(unit(sums - own) @ e).argmax()])
     return np.array(out)
 
-# %% ../../nbs/pretrain/11_gates.ipynb #0fa34a12
+# %% ../../nbs/pretrain/11_gates.ipynb #e30383d0
 def content_at_1(
     x: np.ndarray,  # content embeddings of pictures (b,d)
     rows: np.ndarray,  # index of each picture's concept in the grid (b,)
@@ -74,7 +74,7 @@ def content_at_1(
         out[k] = content_scores(x[k], rows[k], grid, int(v)).content_at_1
     return out
 
-# %% ../../nbs/pretrain/11_gates.ipynb #9718ad29
+# %% ../../nbs/pretrain/11_gates.ipynb #43f81613
 def copy_rate(
     x: np.ndarray,  # pictures (b,h,w,3) uint8
     train: np.ndarray,  # training drawings of the same styles (n,h,w,3)

@@ -21,7 +21,7 @@ from PIL import Image
 from .artwork import VENDORS, join_set, read_concepts, to_svg
 from .treatments import TREATMENTS, pairs, style_words
 
-# %% ../../nbs/pretrain/05_store.ipynb #33183285
+# %% ../../nbs/pretrain/05_store.ipynb #3b95df2c
 _FONT = "@expo-google-fonts/noto-emoji"
 ADDED = {  # word: (package, file of the font or None); all teach the base
     "light pen": (_FONT, "300Light/NotoEmoji_300Light.ttf"),
@@ -30,7 +30,7 @@ ADDED = {  # word: (package, file of the font or None); all teach the base
     "monotone": ("@iconify-json/emojione-monotone", None),
 }
 
-
+# %% ../../nbs/pretrain/05_store.ipynb #fce5f8f4
 def font_glyphs(
     path: Path,  # a font
     hexcodes: list,  # code point sequences, e.g. "1F468-200D-2708-FE0F"
@@ -51,7 +51,7 @@ def font_glyphs(
         out[h] = _glyph_svg(pen.getCommands(), glyphs[name].width, top)
     return out
 
-# %% ../../nbs/pretrain/05_store.ipynb #4188d3c2
+# %% ../../nbs/pretrain/05_store.ipynb #f667429d
 def _glyph_svg(path, w, top):
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {w}" width="{w}" height="{w}">'
@@ -68,7 +68,7 @@ def _ligatures(font):
                     out[(first, *lig.Component)] = lig.LigGlyph
     return out
 
-# %% ../../nbs/pretrain/05_store.ipynb #5a6bbedd
+# %% ../../nbs/pretrain/05_store.ipynb #271de15f
 def rgba(
     svg: str,  # an SVG document
     size: int,  # side in pixels
@@ -79,7 +79,7 @@ def rgba(
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
-# %% ../../nbs/pretrain/05_store.ipynb #d90b4c53
+# %% ../../nbs/pretrain/05_store.ipynb #09d4d1a3
 def matte(
     image: Image.Image,  # a drawing on transparency
     size: int,  # side of the result in pixels
@@ -99,7 +99,7 @@ def matte(
     cover[y : y + h, x : x + w] = v[..., 3]
     return colour, cover
 
-# %% ../../nbs/pretrain/05_store.ipynb #72ba1e0d
+# %% ../../nbs/pretrain/05_store.ipynb #3d1dd9c3
 def _shrink(v, w, h):
     channels = [Image.fromarray(c).resize((w, h), Image.LANCZOS) for c in v.transpose(2, 0, 1)]
     return np.stack([np.asarray(c) for c in channels], -1).clip(0, 1)
@@ -112,7 +112,7 @@ def halve(
     n = len(x) // 2
     return (x.reshape(n, 2, n, 2, 3).mean((1, 3)).clip(0, 1) * 255).round().astype(np.uint8)
 
-# %% ../../nbs/pretrain/05_store.ipynb #0a66908a
+# %% ../../nbs/pretrain/05_store.ipynb #1ddb9665
 def treat(
     svg: str,  # an SVG document
     words: list,  # treatments in the order of application
@@ -135,24 +135,16 @@ def treat(
             x = t.fn(*x, strength, rng)
     return halve(x[0])
 
-# %% ../../nbs/pretrain/05_store.ipynb #f3935ce1
-def sources(
-    packages: Path,  # node_modules
-    splits: dict,  # content of splits.json
-) -> list:  # of (concept, maker, role, svg)
-    "List every drawing as seen, left_out or probe (a held-out maker's, of no split)."
-    packages, concepts = Path(packages), read_concepts(packages)
-    drop, left = set(splits["novel"]), {tuple(c) for c in splits["left_out"]}
-    taken, out = {c for k in ("pool", "test", "val", "novel") for c in splits[k]}, []
-    for v, (name, role) in VENDORS.items():
-        out += [
-            (c, v, ("left_out" if (c, v) in left else "seen") if role == "base" else "probe", s)
-            for c, s in _set(packages / "@iconify-json" / name, concepts)
-            if c not in drop
-        ]
-    for word, (name, file) in ADDED.items():
-        out += [(c, word, "seen", s) for c, s in _added(packages / name, file, concepts) if c not in drop]
-    return [r for r in out if r[2] != "probe" or r[0] not in taken]
+# %% ../../nbs/pretrain/05_store.ipynb #382bfb35
+def _role(concept, maker, left):
+    if VENDORS[maker][1] != "base":
+        return "probe"
+    return "left_out" if (concept, maker) in left else "seen"
+
+
+def _set(folder, concepts):
+    icons = json.loads((folder / "icons.json").read_text())
+    return [(c, to_svg(icons, n)) for c, n in join_set(folder, concepts).items()]
 
 
 def _added(folder, file, concepts):
@@ -161,17 +153,28 @@ def _added(folder, file, concepts):
     got = font_glyphs(folder / file, [c["hexcode"] for c in concepts])
     return [(c["concept"], got[c["hexcode"]]) for c in concepts if c["hexcode"] in got]
 
+# %% ../../nbs/pretrain/05_store.ipynb #5cdf49ab
+def sources(
+    packages: Path,  # node_modules
+    splits: dict,  # content of splits.json
+) -> list:  # of (concept, maker, role, svg)
+    "List every drawing as seen, left_out or probe (a held-out maker's, of no split)."
+    packages, concepts = Path(packages), read_concepts(packages)
+    drop, left = set(splits["novel"]), {tuple(c) for c in splits["left_out"]}
+    taken, out = {c for k in ("pool", "test", "val", "novel") for c in splits[k]}, []
+    for v, (name, _) in VENDORS.items():
+        drawn = _set(packages / "@iconify-json" / name, concepts)
+        out += [(c, v, _role(c, v, left), s) for c, s in drawn if c not in drop]
+    for word, (name, file) in ADDED.items():
+        out += [(c, word, "seen", s) for c, s in _added(packages / name, file, concepts) if c not in drop]
+    return [r for r in out if r[2] != "probe" or r[0] not in taken]
 
-def _set(folder, concepts):
-    icons = json.loads((folder / "icons.json").read_text())
-    return [(c, to_svg(icons, n)) for c, n in join_set(folder, concepts).items()]
-
-# %% ../../nbs/pretrain/05_store.ipynb #d211c6ac
+# %% ../../nbs/pretrain/05_store.ipynb #916a362d
 FOR_INK = (
     "blue ink",
     "red ink",
     "gold",
-    "negative_prompt",
+    "negative",
     "four blues",
     "four browns",
     "pixel",
@@ -193,14 +196,14 @@ FOR_INK = (
     "watercolour",
 )  # what changes a black drawing
 
-
+# %% ../../nbs/pretrain/05_store.ipynb #87cef208
 def _picks(maker, rng, one, two, singles, doubles):
     if maker not in ADDED:
         return [l[k] for l, n in ((one, singles), (two, doubles)) for k in rng.permutation(len(l))[:n]]
     some = 3 if maker in ("pen", "monotone") else 0
     return [(w,) for w in rng.choice(FOR_INK, some, replace=False)] if some else []
 
-# %% ../../nbs/pretrain/05_store.ipynb #54e7c47e
+# %% ../../nbs/pretrain/05_store.ipynb #56513a4d
 def make_plan(
     drawings: list,  # from `sources`
     seed: int = 0,  # of every draw
@@ -224,7 +227,7 @@ def make_plan(
     columns = ["drawing", "concept", "maker", "role", "treatment", "strength"]
     return pd.DataFrame(rows + rest, columns=columns)
 
-# %% ../../nbs/pretrain/05_store.ipynb #e94cd9b0
+# %% ../../nbs/pretrain/05_store.ipynb #ad0c164b
 def open_store(
     folder: Path,  # created if needed
     rows: int,  # pictures
@@ -247,7 +250,20 @@ def open_store(
         out.append(np.load(path, mmap_mode="r+"))
     return out
 
-# %% ../../nbs/pretrain/05_store.ipynb #dce4f34b
+# %% ../../nbs/pretrain/05_store.ipynb #78a93d69
+def _render_one(svg, todo, x, done, size):
+    plain = matte(rgba(svg, 4 * size), 2 * size)
+    for row in todo.itertuples():
+        words = [w for w in row.treatment.split("+") if w]
+        try:
+            y = None if plain is None else treat(svg, words, row.strength, row.Index, size, plain)
+        except ValueError:
+            y = None
+        if y is not None:
+            x[row.Index] = y
+        done[row.Index] = 1 if y is not None else 2
+
+# %% ../../nbs/pretrain/05_store.ipynb #d173dadd
 def render(
     folder: Path,  # of the store
     drawings: list,  # from `sources`
@@ -266,20 +282,7 @@ def render(
     x.flush()
     done.flush()
 
-
-def _render_one(svg, todo, x, done, size):
-    plain = matte(rgba(svg, 4 * size), 2 * size)
-    for row in todo.itertuples():
-        words = [w for w in row.treatment.split("+") if w]
-        try:
-            y = None if plain is None else treat(svg, words, row.strength, row.Index, size, plain)
-        except ValueError:
-            y = None
-        if y is not None:
-            x[row.Index] = y
-        done[row.Index] = 1 if y is not None else 2
-
-# %% ../../nbs/pretrain/05_store.ipynb #24185fb5
+# %% ../../nbs/pretrain/05_store.ipynb #23b7b59b
 def concept_info(
     packages: Path,  # node_modules
     splits: dict,  # content of splits.json
@@ -291,7 +294,7 @@ def concept_info(
         for c in read_concepts(packages)
     }
 
-
+# %% ../../nbs/pretrain/05_store.ipynb #fa7be04e
 def pack(
     path: Path,  # the file to write, e.g. drawings.json.xz
     drawings: list,  # from `sources`
@@ -310,7 +313,7 @@ def unpack(
         got = json.load(f)
     return [tuple(d) for d in got["drawings"]], got["info"]
 
-# %% ../../nbs/pretrain/05_store.ipynb #f213d946
+# %% ../../nbs/pretrain/05_store.ipynb #460c613d
 def store_cells(
     folder: Path,  # of the store: plan.parquet, concepts.json, pictures and marks
 ) -> dict:  # x (memory-mapped), concept, style (style words), maker, treatment, role, info, full

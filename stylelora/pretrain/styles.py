@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-# %% ../../nbs/pretrain/09_styles.ipynb #14bfa962
+# %% ../../nbs/pretrain/09_styles.ipynb #3bc779fe
 class _Block(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -26,7 +26,16 @@ class _Block(nn.Module):
     def forward(self, x):
         return x + self.down(F.gelu(self.up(self.norm(self.deep(x)))))
 
-# %% ../../nbs/pretrain/09_styles.ipynb #67227e67
+
+def _level(width):
+    return nn.Sequential(_Block(width), _Block(width))
+
+
+def _mean_and_deviation(maps):
+    flat = maps.float().flatten(2)
+    return [flat.mean(2), flat.std(2)]
+
+# %% ../../nbs/pretrain/09_styles.ipynb #c9b6f8cf
 class StyleNet(nn.Module):
     "Embed style by statistics of local features (blocks: Liu et al. 2022, ConvNeXt)."
 
@@ -40,7 +49,7 @@ class StyleNet(nn.Module):
         self.config = dict(width=width, size=size, d=d)
         self.first = nn.Conv2d(3, width, 8, 4, 2)
         self.shrink = nn.Conv2d(width, 2 * width, 2, 2)
-        self.levels = nn.ModuleList(nn.Sequential(*(_Block(w) for _ in range(2))) for w in (width, 2 * width))
+        self.levels = nn.ModuleList([_level(width), _level(2 * width)])
         self.out = nn.Linear(6 * width, d)
 
     def forward(self, images):  # (b,3,h,w) in [0,1] to unit vectors (b,d)
@@ -50,10 +59,10 @@ class StyleNet(nn.Module):
         x = images if same else F.interpolate(images, (s, s), mode="bilinear", antialias=True)
         a = self.levels[0](self.first(x * 2 - 1))
         b = self.levels[1](self.shrink(a))
-        stats = [f(m.float().flatten(2)) for m in (a, b) for f in (lambda v: v.mean(2), lambda v: v.std(2))]
+        stats = _mean_and_deviation(a) + _mean_and_deviation(b)
         return F.normalize(self.out(torch.cat(stats, 1)), dim=1)
 
-# %% ../../nbs/pretrain/09_styles.ipynb #2f6ddc8f
+# %% ../../nbs/pretrain/09_styles.ipynb #bd5a7cca
 def save_styles(
     net: StyleNet,  # a trained network
     folder: str | Path,  # created if needed
@@ -73,7 +82,7 @@ def load_styles(
     net.load_state_dict({k: v.float() for k, v in load_file(Path(folder) / "model.safetensors").items()})
     return net.eval()
 
-# %% ../../nbs/pretrain/09_styles.ipynb #a2b785c2
+# %% ../../nbs/pretrain/09_styles.ipynb #c96e5e77
 def style_contrast(
     e: torch.Tensor,  # unit vectors (n,d)
     style: torch.Tensor,  # style numbers (n,)

@@ -6,7 +6,7 @@
 __all__ = ['LINE', 'PALETTE', 'TEXTURE', 'SHADE', 'GROUND', 'EDGE', 'TREATMENTS', 'ORDER', 'FILLS', 'HELD_PAIRS', 'Treatment',
            'pairs', 'style_words', 'treated']
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #066c81f8
+# %% ../../nbs/pretrain/04_treatments.ipynb #d0b1da84
 "A vocabulary of treatments: what turns one drawing into many styles."
 import re
 from dataclasses import dataclass
@@ -19,24 +19,19 @@ from scipy.spatial import cKDTree
 from stylelora.pretrain.filters import (
     axes,
     blur,
-    chroma,
     coverage,
     disc,
     edges,
-    levels,
-    luma,
     mix,
     moved,
     noise,
-    ramp,
-    rgb,
     smooth,
-    turn_hue,
     unit,
     wide,
 )
+from .filters import chroma, levels, luma, ramp, rgb, turn_hue
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #39500bd9
+# %% ../../nbs/pretrain/04_treatments.ipynb #70952bcb
 @dataclass(frozen=True)
 class Treatment:
     "One word of the vocabulary."
@@ -47,7 +42,7 @@ class Treatment:
     svg: bool = False  # acts on the SVG
     held: bool = False  # never rendered for the base
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #b48cf6fd
+# %% ../../nbs/pretrain/04_treatments.ipynb #66387b99
 def _group(svg, attrs):
     return re.sub(r"(<svg[^>]*>)(.*)(</svg>)", rf"\1<g {attrs}>\2</g>\3", svg, flags=re.S)
 
@@ -66,7 +61,7 @@ def _stroke(colour, lo=0.016, hi=0.034):
 
     return run
 
-
+# %% ../../nbs/pretrain/04_treatments.ipynb #5bc70712
 def _line_art(svg, s):
     svg = re.sub(r'\s(stroke|stroke-width|stroke-opacity|fill-opacity|opacity)="[^"]*"', "", svg)
     svg = re.sub(r'\bfill="(?!none)[^"]*"', 'fill="#fff"', svg)
@@ -82,7 +77,7 @@ def _wire(svg, s):
     svg = re.sub(r'\bfill="(?!none)([^"]*)"', r'fill="none" stroke="\1"', svg)
     return _group(svg, f'stroke-width="{_side(svg) * (0.02 + 0.02 * s):.3f}" stroke-linejoin="round"')
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #4d57376e
+# %% ../../nbs/pretrain/04_treatments.ipynb #10889f26
 def _contoured(x, a, s, rng):
     o = blur(wide(a, (2 + 1.4 * s) * unit(x)), 0.5 * unit(x))
     return mix(mix(np.ones_like(x), np.full_like(x, 0.05), o), x, a).clip(0, 1), o
@@ -101,7 +96,7 @@ def _navy_lines(x, a, s, rng):
     e = blur(wide(e, 0.8 * unit(x)), 0.4 * unit(x)).clip(0, 1)
     return mix(x, np.broadcast_to(rgb("#16246b"), x.shape), e), np.maximum(a, e)
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #b5073ec5
+# %% ../../nbs/pretrain/04_treatments.ipynb #0e366802
 LINE = [
     Treatment("outlined", "line", _stroke("#000"), True),
     Treatment("brown outlined", "line", _stroke("#6b3d1e"), True),
@@ -114,7 +109,7 @@ LINE = [
     Treatment("navy lines", "line", _navy_lines, held=True),
 ]
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #113d549e
+# %% ../../nbs/pretrain/04_treatments.ipynb #068164bb
 def _recolour(fn):
     return lambda x, a, s, rng: (fn(x, s).astype(np.float32).clip(0, 1), a)
 
@@ -131,10 +126,14 @@ def _wash(*gain):
     return _recolour(lambda x, s: 1 - (1 - x) * np.array(gain))
 
 
+def _negative(x, a, s, rng):
+    return 1 - x, np.ones_like(a)
+
+
 def _shifted(x, a, s, rng):
     return mix(np.ones_like(x), turn_hue(x, 0.25 + 0.5 * s), a), a
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #e4977601
+# %% ../../nbs/pretrain/04_treatments.ipynb #8d527ee9
 def _poster(x, s):
     k = 2 + round(2 * (1 - s))
     return np.round(x * k) / k
@@ -152,7 +151,7 @@ def _neon(x, a, s, rng):
     glow = (lines + 0.9 * blur(lines, 3 * unit(x)))[..., None].clip(0, 1)
     return (rgb("#0b0b1e") + glow * (0.25 + 0.75 * hue)).clip(0, 1), np.ones_like(a)
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #d58e5d47
+# %% ../../nbs/pretrain/04_treatments.ipynb #9780c236
 PALETTE = [
     Treatment(word, "palette", fn, held=word == "four greens")
     for word, fn in {
@@ -163,7 +162,7 @@ PALETTE = [
         "gold": _tint("#4a2c05", "#d9a520", "#fff3b0", "#ffffff"),
         "pastel": _recolour(lambda x, s: 1 - (1 - x) * (0.35 + 0.15 * s)),
         "vivid": _recolour(lambda x, s: chroma(x, 1.8 + s)),
-        "negative_prompt": lambda x, a, s, rng: (1 - x, np.ones_like(a)),
+        "negative": _negative,
         "shifted": _shifted,
         "poster": _recolour(_poster),
         "four browns": _flats("#3b2314", "#7d4e2d", "#c49a6c", "#fbf3e4"),
@@ -176,7 +175,7 @@ PALETTE = [
     }.items()
 ]
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #3a1b64e4
+# %% ../../nbs/pretrain/04_treatments.ipynb #da200e85
 def _starts(at):
     return (np.flatnonzero(np.diff(at, prepend=-1)),)
 
@@ -202,7 +201,7 @@ def _mosaic(x, a, s, rng):
     inked = smooth(1 - mean[lab].min(-1), 0.02, 0.1)
     return mix(np.ones_like(x), mix(np.full_like(x, 0.25), mean[lab], gap), inked).astype(np.float32), a
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #8a6f71ed
+# %% ../../nbs/pretrain/04_treatments.ipynb #4927cdc6
 def _woodcut(x, a, s, rng):
     y, xx = axes(x)
     dark = 1 - luma(x)
@@ -226,7 +225,7 @@ def _striped(x, a, s, rng):
     k = smooth(np.abs((axes(x)[0] * 128 / (4 + 2 * s)) % 1 - 0.5) * 2, 0.3, 0.6)
     return mix(np.ones_like(x), x, k), a
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #0c827f31
+# %% ../../nbs/pretrain/04_treatments.ipynb #6151da55
 def _stippled(x, a, s, rng):
     n = len(x)
     order = np.argsort(np.argsort(noise(rng, n, (0.5 + 0.3 * s) * unit(x)).ravel()))
@@ -247,7 +246,7 @@ def _woven(x, a, s, rng):
     bump = np.where(over > 0, np.cos(np.pi * ((y * k) % 1 - 0.5)), np.cos(np.pi * ((xx * k) % 1 - 0.5)))
     return mix(x, x * (0.5 + 0.55 * bump)[..., None], 0.9 * a).clip(0, 1), a
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #b4d6b269
+# %% ../../nbs/pretrain/04_treatments.ipynb #33eaa9ad
 def _watercolour(x, a, s, rng):
     n, u = len(x), unit(x)
     x, a = moved(x, a, *(noise(rng, n, 4 * u) * 1.2 * u for _ in "yx"))
@@ -270,7 +269,7 @@ def _halftone(x, a, s, rng):
     ink = smooth(cell - (1 - dark**0.8), -0.1, 0.1) * smooth(dark, 0.02, 0.08)
     return mix(mix(x, np.ones_like(x), 0.75), chroma(x * 0.5, 1.4), ink).clip(0, 1), a
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #0dc5f9ee
+# %% ../../nbs/pretrain/04_treatments.ipynb #10883b12
 TEXTURE = [
     Treatment(fn.__name__[1:], "texture", fn, held=fn is _halftone)
     for fn in (
@@ -288,7 +287,7 @@ TEXTURE = [
     )
 ]
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #7de15e9f
+# %% ../../nbs/pretrain/04_treatments.ipynb #a043b067
 def _shaded(x, a, s, rng):
     return mix(x, x * (1.1 - (0.45 + 0.3 * s) * axes(x)[0])[..., None], a).clip(0, 1), a
 
@@ -314,7 +313,7 @@ def _glowing(x, a, s, rng):
     halo = blur((1 - x) * a[..., None], (5 + 3 * s) * unit(x)) * 1.5
     return mix(1 - halo.clip(0, 0.85), x, a).clip(0, 1), np.maximum(a, halo.max(-1))
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #6c445fac
+# %% ../../nbs/pretrain/04_treatments.ipynb #83b66cc4
 def _puffy(x, a, s, rng):
     u = unit(x)
     d = nd.distance_transform_edt(a > 0.5) / (9 * u)
@@ -338,13 +337,20 @@ SHADE = [
     for fn in (_shaded, _side_lit, _shadowed, _embossed, _glowing, _puffy, _gloss)
 ]
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #dcbad7bc
+# %% ../../nbs/pretrain/04_treatments.ipynb #8f4254d7
 def _on(pattern):
     def run(x, a, s, rng):
         out = (1 - a)[..., None]
         return (x - out + out * pattern(x, s)).clip(0, 1), np.ones_like(a)
 
     return run
+
+
+def _flat(colour):
+    def pattern(x, s):
+        return rgb(colour)
+
+    return pattern
 
 
 def _badge(x, s):
@@ -364,21 +370,21 @@ def _rays(x, s):
     w = smooth(np.sin(np.arctan2(y - 0.5, xx - 0.5) * (6 + 2 * round(3 * s))), -0.1, 0.1)
     return mix(np.broadcast_to(rgb("#ffe9a8"), x.shape), np.broadcast_to(rgb("#f7a072"), x.shape), w)
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #34f72b6c
+# %% ../../nbs/pretrain/04_treatments.ipynb #6e00e29d
 GROUND = [
     Treatment(word, "ground", _on(p))
     for word, p in {
-        "dark ground": lambda x, s: rgb("#20242e"),
-        "yellow ground": lambda x, s: rgb("#ffd84d"),
-        "blue ground": lambda x, s: rgb("#8ecdf5"),
-        "pink ground": lambda x, s: rgb("#f9b4c8"),
+        "dark ground": _flat("#20242e"),
+        "yellow ground": _flat("#ffd84d"),
+        "blue ground": _flat("#8ecdf5"),
+        "pink ground": _flat("#f9b4c8"),
         "badge": _badge,
         "checked": _checked,
         "rays": _rays,
     }.items()
 ]
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #93e7947e
+# %% ../../nbs/pretrain/04_treatments.ipynb #fcfe5c2c
 def _rough(x, a, s, rng):
     return moved(x, a, *(noise(rng, len(x), 1.2 * unit(x)) * ((0.6 + 0.5 * s) * unit(x)) for _ in "yx"))
 
@@ -389,7 +395,7 @@ def _wavy(x, a, s, rng):
     y, xx = np.mgrid[:n, :n].astype(np.float32)
     return moved(x, a, by * np.sin(k * xx), by * np.sin(k * y))
 
-
+# %% ../../nbs/pretrain/04_treatments.ipynb #2696c275
 def _bold(x, a, s, rng):
     r = (1.2 + 1.3 * s) * unit(x)
     return np.stack([nd.grey_erosion(x[..., c], footprint=disc(r)) for c in range(3)], -1), wide(a, r)
@@ -412,7 +418,7 @@ EDGE = [Treatment(fn.__name__[1:], "edge", fn) for fn in (_rough, _wavy, _bold, 
 # %% ../../nbs/pretrain/04_treatments.ipynb #dc339145
 TREATMENTS = {t.word: t for t in [*LINE, *PALETTE, *TEXTURE, *SHADE, *GROUND, *EDGE]}
 ORDER = ("line", "shade", "edge", "palette", "texture", "ground")  # which of a pair comes first
-FILLS = ("negative_prompt", "neon", "chalk", "embossed")  # nothing may follow these
+FILLS = ("negative", "neon", "chalk", "embossed")  # nothing may follow these
 HELD_PAIRS = {("embossed", "gold"), ("sepia", "woodcut")}  # seen treatments, never seen together
 
 
@@ -431,7 +437,7 @@ def style_words(
     "Write the style part of a caption."
     return " ".join([*reversed([w for w in treatment.split("+") if w]), maker])
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #4c18ef5a
+# %% ../../nbs/pretrain/04_treatments.ipynb #a6c8c529
 def treated(
     x: np.ndarray,  # a drawing on white (h,w,3) uint8
     words: str,  # treatments in the order of application, joined by "+"

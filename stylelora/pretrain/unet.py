@@ -6,7 +6,7 @@
 __all__ = ['new_unet', 'nudge', 'encode_copies', 'encode_rows', 'training_captions', 'denoising_loss', 'fixed_loss',
            'save_pipeline']
 
-# %% ../../nbs/pretrain/10_unet.ipynb #a9147662
+# %% ../../nbs/pretrain/10_unet.ipynb #be3f89ca
 "A small conditional U-Net that learns five styles' drawings, saved as a Stable Diffusion folder."
 import json
 import random
@@ -19,7 +19,17 @@ import torch.nn.functional as F
 from ..noise.schedule import Schedule, add_noise
 from .clip import random_caption
 
-# %% ../../nbs/pretrain/10_unet.ipynb #335fad22
+# %% ../../nbs/pretrain/10_unet.ipynb #02ffe89b
+def _levels(channels):
+    n = len(channels) - 1
+    return dict(
+        block_out_channels=tuple(channels),
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * n,
+        up_block_types=("CrossAttnUpBlock2D",) * n + ("UpBlock2D",),
+        attention_head_dim=tuple(max(1, c // 32) for c in channels),
+    )
+
+# %% ../../nbs/pretrain/10_unet.ipynb #38ca01d2
 def new_unet(
     channels: tuple = (64, 128, 224),  # widths of the levels, multiples of 32
     context: int = 192,  # width of the text encoder
@@ -27,31 +37,27 @@ def new_unet(
     layers: int = 1,  # residual blocks a level
     seed: int = 0,  # of the first weights
     latent: int = 4,  # channels of the latent
-):  # a diffusers UNet2DConditionModel
+) -> torch.nn.Module:  # a diffusers UNet2DConditionModel
     "Make the U-Net: no attention on the first level, heads of 32 channels below."
     from diffusers import UNet2DConditionModel
 
-    n = len(channels) - 1
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
             sample_size=side,
             in_channels=latent,
             out_channels=latent,
-            block_out_channels=tuple(channels),
             layers_per_block=layers,
-            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * n,
-            up_block_types=("CrossAttnUpBlock2D",) * n + ("UpBlock2D",),
             cross_attention_dim=context,
-            attention_head_dim=tuple(max(1, c // 32) for c in channels),
             norm_num_groups=16,
             addition_embed_type="text",
             addition_embed_type_num_heads=4,
+            **_levels(channels),
         )
     torch.nn.init.zeros_(unet.add_embedding.norm2.weight)
     return unet
 
-# %% ../../nbs/pretrain/10_unet.ipynb #67abbf7a
+# %% ../../nbs/pretrain/10_unet.ipynb #06c2be67
 def nudge(
     x: torch.Tensor,  # drawings on white (b,3,h,w) in [0,1]
     gen: torch.Generator,  # draws scale and shift of each drawing
@@ -63,10 +69,10 @@ def nudge(
     grid = F.affine_grid(th.to(x), x.shape, align_corners=False)
     return (1 - F.grid_sample(1 - x, grid, mode="bicubic", align_corners=False)).clamp(0, 1)
 
-# %% ../../nbs/pretrain/10_unet.ipynb #908818c1
+# %% ../../nbs/pretrain/10_unet.ipynb #f06ec1a9
 @torch.no_grad()
 def encode_copies(
-    vae,  # an autoencoder with .encode(x).latents
+    vae: torch.nn.Module,  # an autoencoder with .encode(x).latents
     x: torch.Tensor,  # drawings (n,3,h,w) uint8
     copies: int = 4,  # the first is the drawing itself
     seed: int = 0,  # of the nudges
@@ -80,7 +86,7 @@ def encode_copies(
         out.append(torch.cat([vae.encode(p * 2 - 1).latents.half() for p in parts]))
     return torch.stack(out)
 
-# %% ../../nbs/pretrain/10_unet.ipynb #3ccafdbc
+# %% ../../nbs/pretrain/10_unet.ipynb #465a605c
 def _pixels(x, rows):
     return torch.from_numpy(x[np.asarray(rows)]).permute(0, 3, 1, 2)
 
@@ -94,9 +100,9 @@ def _mapped(path, shape, dtype):
         return out
     raise ValueError(f"{path.name} is {out.shape}, not {tuple(shape)}; use a new folder")
 
-# %% ../../nbs/pretrain/10_unet.ipynb #63425084
+# %% ../../nbs/pretrain/10_unet.ipynb #a861ccb0
 def encode_rows(
-    vae,  # an autoencoder with .encode(x).latents
+    vae: torch.nn.Module,  # an autoencoder with .encode(x).latents
     x: np.ndarray,  # pictures (N,h,w,3) uint8, memory-mapped
     rows: np.ndarray,  # which of them (n,)
     folder: str | Path,  # where latents.npy and its marks live
@@ -121,7 +127,7 @@ def encode_rows(
     vae.cpu()
     return z
 
-# %% ../../nbs/pretrain/10_unet.ipynb #b989e235
+# %% ../../nbs/pretrain/10_unet.ipynb #ac12feab
 def training_captions(
     names: list,  # concept of each drawing
     styles: list,  # style word of each drawing
@@ -136,10 +142,10 @@ def training_captions(
         out.append("" if empty else random_caption(dict(info[c], concept=c), None if plain else v, rng))
     return out
 
-# %% ../../nbs/pretrain/10_unet.ipynb #906fba4f
+# %% ../../nbs/pretrain/10_unet.ipynb #173a6610
 def denoising_loss(
-    unet,  # UNet2DConditionModel
-    text,  # CLIPTextModel
+    unet: torch.nn.Module,  # UNet2DConditionModel
+    text: torch.nn.Module,  # CLIPTextModel
     z: torch.Tensor,  # latents (b,4,h,w), unit deviation
     ids: torch.Tensor,  # token ids (b,L)
     schedule: Schedule,  # noise levels of all timesteps
@@ -157,11 +163,11 @@ def denoising_loss(
     error = (out.float() - eps).pow(2).mean((1, 2, 3))
     return error if weights is None else error * weights.to(error)[t]
 
-# %% ../../nbs/pretrain/10_unet.ipynb #dbba345f
+# %% ../../nbs/pretrain/10_unet.ipynb #868f2d22
 @torch.no_grad()
 def fixed_loss(
-    unet,  # UNet2DConditionModel
-    text,  # CLIPTextModel
+    unet: torch.nn.Module,  # UNet2DConditionModel
+    text: torch.nn.Module,  # CLIPTextModel
     z: torch.Tensor,  # latents (n,4,h,w), unit deviation
     ids: torch.Tensor,  # token ids (n,L)
     schedule: Schedule,  # noise levels of all timesteps
@@ -174,7 +180,7 @@ def fixed_loss(
             total += denoising_loss(unet, text, a.to(device), b.to(device), schedule, gen).sum().item()
     return total / len(z)
 
-# %% ../../nbs/pretrain/10_unet.ipynb #aa09e0f5
+# %% ../../nbs/pretrain/10_unet.ipynb #8298e16b
 def _start_style_tokens(text, tokenizer, words):
     ids = [tokenizer(w).input_ids[1] for w in words]
     emb = text.get_input_embeddings().weight.data
@@ -190,20 +196,11 @@ def _forget_origin(folder):
         config = {k: v for k, v in json.loads(part.read_text()).items() if k != "_name_or_path"}
         part.write_text(json.dumps(config, indent=2))
 
-# %% ../../nbs/pretrain/10_unet.ipynb #d034df89
-def save_pipeline(
-    folder: str | Path,  # created or overwritten
-    unet,  # UNet2DConditionModel
-    vae,  # autoencoder, with its scaling factor in the config
-    text,  # CLIPTextModel
-    tokenizer,  # CLIPTokenizer
-    words: list,  # style words whose mean starts the reserved tokens
-) -> Path:  # the folder
-    "Write a Stable Diffusion pipeline folder in half precision."
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+# %% ../../nbs/pretrain/10_unet.ipynb #afef74b8
+def _scheduler():
+    from diffusers import DDIMScheduler
 
-    _start_style_tokens(text, tokenizer, words)
-    schedule = DDIMScheduler(
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -211,12 +208,26 @@ def save_pipeline(
         set_alpha_to_one=False,
         steps_offset=1,
     )
+
+# %% ../../nbs/pretrain/10_unet.ipynb #09495d8c
+def save_pipeline(
+    folder: str | Path,  # created or overwritten
+    unet: torch.nn.Module,  # UNet2DConditionModel
+    vae: torch.nn.Module,  # autoencoder, with its scaling factor in the config
+    text: torch.nn.Module,  # CLIPTextModel
+    tokenizer: object,  # CLIPTokenizer
+    words: list,  # style words whose mean starts the reserved tokens
+) -> Path:  # the folder
+    "Write a Stable Diffusion pipeline folder in half precision."
+    from diffusers import StableDiffusionPipeline
+
+    _start_style_tokens(text, tokenizer, words)
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=schedule,
+        scheduler=_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
