@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MB = 1_000_000
+MB = 2**20  # bytes: the unit of the 64 MiB that a checkout may have to travel to a machine with a GPU
 TEXT = {
     ".py",
     ".ipynb",

@@ -321,7 +321,7 @@ def _train(run, batch_fn, loss_fn, last, on_eval, bar, log):
             log.flush()
             saved = _checkpoint(run, on_eval)
 
-# %% ../../nbs/pretrain/02_loop.ipynb #f071fa51
+# %% ../../nbs/pretrain/02_loop.ipynb #97e237c6
 def fit(
     modules: list,  # networks to train; all on one device
     batch_fn: Callable,  # (step, torch.Generator) -> batch
@@ -329,11 +329,9 @@ def fit(
     budget: Budget,  # how long and how fast
     folder: str | Path,  # checkpoint.safetensors and log.jsonl live here
     stop_after: int | None = None,  # stop (with a checkpoint) after this many steps of this call
-    on_eval: Callable
-    | None = None,  # (step) -> dict of numbers, called at every checkpoint with averaged weights
+    on_eval: Callable | None = None,  # (step) -> dict of numbers, at every checkpoint, averaged weights
     progress: bool = True,  # show a progress bar
-    on_start: Callable
-    | None = None,  # (Run), called before the first step; lets `batch_fn` know how far the run is
+    on_start: Callable | None = None,  # (Run), before the first step; tells `batch_fn` how far the run is
 ) -> list:  # the averaged weights, in the order of the parameters
     "Train until the budget is spent, resuming from the last checkpoint in `folder`."
     run = Run(modules, budget, folder)

@@ -337,7 +337,7 @@ SHADE = [
     for fn in (_shaded, _side_lit, _shadowed, _embossed, _glowing, _puffy, _gloss)
 ]
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #8f4254d7
+# %% ../../nbs/pretrain/04_treatments.ipynb #d327fc3a
 def _on(pattern):
     def run(x, a, s, rng):
         out = (1 - a)[..., None]
@@ -352,7 +352,7 @@ def _flat(colour):
 
     return pattern
 
-
+# %% ../../nbs/pretrain/04_treatments.ipynb #aa6942c8
 def _badge(x, s):
     y, xx = axes(x)
     inside = smooth(np.hypot(y - 0.5, xx - 0.5), 0.505, 0.495)

@@ -19,17 +19,18 @@ import torch.nn.functional as F
 from ..noise.schedule import Schedule, add_noise
 from .clip import random_caption
 
-# %% ../../nbs/pretrain/10_unet.ipynb #02ffe89b
-def _levels(channels):
+# %% ../../nbs/pretrain/10_unet.ipynb #92800aa4
+def _levels(channels, layers):
     n = len(channels) - 1
     return dict(
         block_out_channels=tuple(channels),
+        layers_per_block=layers,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * n,
         up_block_types=("CrossAttnUpBlock2D",) * n + ("UpBlock2D",),
         attention_head_dim=tuple(max(1, c // 32) for c in channels),
     )
 
-# %% ../../nbs/pretrain/10_unet.ipynb #38ca01d2
+# %% ../../nbs/pretrain/10_unet.ipynb #5c2a05dc
 def new_unet(
     channels: tuple = (64, 128, 224),  # widths of the levels, multiples of 32
     context: int = 192,  # width of the text encoder
@@ -47,12 +48,11 @@ def new_unet(
             sample_size=side,
             in_channels=latent,
             out_channels=latent,
-            layers_per_block=layers,
             cross_attention_dim=context,
             norm_num_groups=16,
             addition_embed_type="text",
             addition_embed_type_num_heads=4,
-            **_levels(channels),
+            **_levels(channels, layers),
         )
     torch.nn.init.zeros_(unet.add_embedding.norm2.weight)
     return unet
@@ -209,20 +209,13 @@ def _scheduler():
         steps_offset=1,
     )
 
-# %% ../../nbs/pretrain/10_unet.ipynb #09495d8c
-def save_pipeline(
-    folder: str | Path,  # created or overwritten
-    unet: torch.nn.Module,  # UNet2DConditionModel
-    vae: torch.nn.Module,  # autoencoder, with its scaling factor in the config
-    text: torch.nn.Module,  # CLIPTextModel
-    tokenizer: object,  # CLIPTokenizer
-    words: list,  # style words whose mean starts the reserved tokens
-) -> Path:  # the folder
-    "Write a Stable Diffusion pipeline folder in half precision."
+# %% ../../nbs/pretrain/10_unet.ipynb #2da0a470
+def _half_pipeline(unet, vae, text, tokenizer):
     from diffusers import StableDiffusionPipeline
 
-    _start_style_tokens(text, tokenizer, words)
-    pipe = StableDiffusionPipeline(
+    for m in (unet, text, vae):
+        m.half()
+    return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,
         tokenizer=tokenizer,
@@ -232,8 +225,18 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    for m in (unet, text, vae):
-        m.half()
-    pipe.save_pretrained(folder, safe_serialization=True)
+
+# %% ../../nbs/pretrain/10_unet.ipynb #2de54996
+def save_pipeline(
+    folder: str | Path,  # created or overwritten
+    unet: torch.nn.Module,  # UNet2DConditionModel
+    vae: torch.nn.Module,  # autoencoder, with its scaling factor in the config
+    text: torch.nn.Module,  # CLIPTextModel
+    tokenizer: object,  # CLIPTokenizer
+    words: list,  # style words whose mean starts the reserved tokens
+) -> Path:  # the folder
+    "Write a Stable Diffusion pipeline folder in half precision."
+    _start_style_tokens(text, tokenizer, words)
+    _half_pipeline(unet, vae, text, tokenizer).save_pretrained(folder, safe_serialization=True)
     _forget_origin(folder)
     return Path(folder)

@@ -142,7 +142,7 @@ def test_no_cell_overwrites_a_parameter():
                 for s in ast.parse(source).body
                 if isinstance(s, ast.Assign)
                 for t in s.targets
-                for n in ast.denoise(t)
+                for n in ast.walk(t)
             ]
             set_here = {n.id for n in top if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
             assert not own or not set_here & names, f"{path.name}: {set_here & names}"
