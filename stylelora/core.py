@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['root', 'assets', 'pick_device', 'pick_dtype', 'pick_precision', 'seed_of', 'generator', 'randn_each', 'expand_as',
-           'write_atomic', 'write_json', 'read_json', 'sha256_bytes', 'hash_files', 'register', 'pick', 'slug',
-           'human_bytes', 'human_time', 'peak_memory_mb']
+           'write_atomic', 'write_json', 'read_json', 'sha256_bytes', 'hash_files', 'register', 'pick', 'Missing',
+           'slug', 'human_bytes', 'human_time', 'peak_memory_mb']
 
 # %% ../nbs/00_tools/01_core.ipynb #1dc5630a
 import hashlib, json, os, re, sys, tempfile, unicodedata
@@ -214,6 +214,20 @@ def pick(
     if name not in table:
         raise ValueError(f"{what}={name!r} is unknown; use one of {', '.join(table)}")
     return table[name]
+
+# %% ../nbs/00_tools/01_core.ipynb #c82a6917
+class Missing:
+    "Stand in for a package that is not installed; its first use names the extra that has it."
+
+    def __init__(
+        self,
+        package: str,  # name of the package
+        extra: str,  # extra of stylelora that installs it
+    ):
+        self._said = f"{package} is not installed; pip install 'stylelora[{extra}]' brings it"
+
+    def __getattr__(self, name):
+        raise ModuleNotFoundError(self._said)
 
 # %% ../nbs/00_tools/01_core.ipynb #2f4d3e7f
 def slug(

@@ -10,13 +10,18 @@ __all__ = ['PALETTE', 'STYLE_PALETTE', 'LOOK', 'colour', 'setup_style', 'axes', 
 import io, re
 from collections.abc import Sequence
 from pathlib import Path
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
-from .core import seed_of, write_atomic
+from .core import Missing, seed_of, write_atomic
+
+try:
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ModuleNotFoundError:  # training and drawing do without it: figures belong to an extra
+    mpl = plt = Missing("matplotlib", "study")
+    Axes = Figure = object
 
 # %% ../nbs/00_tools/02_plots.ipynb #09a3c5ab
 # fmt: off

@@ -11,13 +11,7 @@ CORE = """stylelora stylelora.core stylelora.noise.schedule stylelora.noise.obje
     stylelora.adapters.lora stylelora.adapters.keys stylelora.adapters.files stylelora.adapters.merge
     stylelora.adapters.active stylelora.models.load stylelora.data.folder stylelora.train.loop
     stylelora.train.from_folder stylelora.sample.samplers stylelora.sample.generate stylelora.apps.cli""".split()
-BLOCK = """
-import importlib, importlib.abc, sys
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {absent!r}: raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
-sys.meta_path.insert(0, Absent())
-"""
+BLOCK = "import sys\nfor name in {absent!r}: sys.modules[name] = None\n"  # as if it were not installed
 
 
 def without(code):

@@ -43,7 +43,7 @@ def recipe(what):
     assert section, f"CONTRIBUTING.md does not say how to add {what}"
     claim = re.search(r"\*\*(\w+) files?\*\*", section[0])
     files = re.findall(r"`((?:nbs|reports|tests)/[^`]+)`", section[0])
-    return dict(one=1, two=2, three=3)[claim[1]], list(dict.fromkeys(files))
+    return dict(one=1, two=2, three=3)[claim[1].lower()], list(dict.fromkeys(files))
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ if __name__ == "__main__":
     fresh = page()
     if "--check" in sys.argv:
         sys.exit(
-            ""
+            None
             if fresh == PAGE.read_text(encoding="utf-8")
             else "CONTRIBUTING.md is stale: python tools/rooms.py"
         )

@@ -329,7 +329,7 @@ def test_a_training_that_was_stopped_goes_on(capsys, tmp_path, pictures, monkeyp
 
     def pulled(run, *rest):  # the plug, at step 7, when step 6 was written
         after(run, *rest)
-        if run.step == 7:
+        if run.run.step == 7:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
@@ -341,7 +341,9 @@ def test_a_training_that_was_stopped_goes_on(capsys, tmp_path, pictures, monkeyp
     steps = []
     with monkeypatch.context() as m:
         m.setattr(
-            stylelora.train.loop, "after_step", lambda run, *rest: (steps.append(run.step), after(run, *rest))
+            stylelora.train.loop,
+            "after_step",
+            lambda run, *rest: (steps.append(run.run.step), after(run, *rest)),
         )
         assert main([*words, str(part)]) == 0
     assert steps == [7, 8] and part.read_bytes() == whole.read_bytes()
