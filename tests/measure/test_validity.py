@@ -106,7 +106,7 @@ def test_who_would_have_been_misled(read):
         wrong.loc["ssim", ["wrong", "silent"]].tolist() == [wrong.pairs["ssim"], 0]
         and wrong.pairs["ssim"] >= 13
     )
-    assert wrong.loc["ssim", ["arms_wrong", "arms_pairs"]].tolist() == [3, 3]
+    assert wrong.loc["ssim", ["recipes_wrong", "recipes_pairs"]].tolist() == [3, 3]
     assert wrong.loc["ssim", ["better", "worse"]].tolist() == ["wrong_concept", "truth"]
     assert (wrong.loc[["psnr", "perceptual"], "wrong"] == 0).all()
     for group in ("recipes", "references"):
