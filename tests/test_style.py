@@ -490,12 +490,22 @@ def _notebook(*cells, folder, tmp_path):
 
 
 BAD = {
+    "words: cell c0": ("code", "vendor = 1"),
+    "hints: f: no type hint for a": ("code", '#| export\ndef f(a):  # it\n    "Add."\n    return a'),
+    "lines: cell c0: 'x = [[a for a in b] for b in c]', line 2: nested": (
+        "code",
+        "#| export\nx = [[a for a in b] for b in c]",
+    ),
+    "lines: cell c0: 'a, b = 1, 2 if c else 3', line 2: a tuple": (
+        "code",
+        "#| export\na, b = 1, 2 if c else 3",
+    ),
     "directives: cell c0: 'x = 1': directive ends in a colon": ("code", "#| hide:\nx = 1"),
     "directives: cell c0: 'x = 1': malformed directive": ("code", '#| fig-subcap: ["a"]\n#|   - b\nx = 1'),
     "directives: cell c0: 'x = 1': unknown directive": ("code", "#| exprot\nx = 1"),
     "directives: cell c0: 'x = 1': directive without its value": ("code", "#| label\nx = 1"),
-    "cells: cell c0: 'x = 1': 16 lines": ("code", "x = 1\n" * 16),
-    "cells: cell c0: 'x = 1': hidden and 11 lines": ("code", "#| hide\n" + "x = 1\n" * 11),
+    "cells: cell c0: 'x = 1': 26 lines": ("code", "x = 1\n" * 26),
+    "cells: cell c0: 'x = 1': hidden and 13 lines": ("code", "#| hide\n" + "x = 1\n" * 13),
     "stars: cell c0": ("code", "from math import *"),
     "outputs: cell c0: '1/0': stored error": (
         "code",
@@ -522,6 +532,14 @@ BAD = {
         '#| export\ndef f(a):\n    "Add."\n    return a',
     ),
 }
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_linter_sees_a_silent_section(shown, tmp_path):
+    printed = dict(outputs=[dict(output_type="stream", name="stdout", text="3 rows\n")]) if shown else {}
+    cells = ("markdown", "# Title\n\n> One sentence."), ("markdown", "## Part"), ("code", "print(x)", printed)
+    found = lint(_notebook(*cells, folder="01_chapter", tmp_path=tmp_path))
+    assert any("'Part' shows nothing" in f for f in found) is not shown, found
 
 
 @pytest.mark.parametrize("complaint", BAD)
