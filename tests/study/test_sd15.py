@@ -219,15 +219,15 @@ def sweeps(home, study):
     toy = (
         (home / "params" / "toy.yaml")
         .read_text()
-        .replace("steps: 2, evaluator", "KNOBS, evaluator")
+        .replace("num_inference_steps: 2, evaluator", "KNOBS, evaluator")
         .replace("n_concepts: 10", "n_concepts: 6")
     )
     for part, knobs, reader in (
-        ("E2", "sampler: [ddim, euler], steps: 2", "E2_samplers.ipynb, experiment: sd15-E2"),
+        ("E2", "sampler: [ddim, euler], num_inference_steps: 2", "E2_samplers.ipynb, experiment: sd15-E2"),
         (
             "E3",
-            "steps: 2, adapter_scale: [1.0, 2.0]",
-            "E3_sweeps.ipynb, experiment: sd15-E3, knob: adapter_scale",
+            "num_inference_steps: 2, lora_scale: [1.0, 2.0]",
+            "E3_sweeps.ipynb, experiment: sd15-E3, knob: lora_scale",
         ),
     ):
         text = toy.replace("experiment: sd15-E1", f"experiment: sd15-{part}\ntrainings: sd15-E1").replace(
@@ -251,7 +251,7 @@ def test_the_readers_of_the_paired_study_read_real_styles(sweeps):
         "sd15-e2-cost.svg",
         "sd15-e2-interaction.svg",
         "sd15-e2-pareto.svg",
-        "sd15-e3-adapter_scale.svg",
+        "sd15-e3-lora_scale.svg",
     } <= figures, figures
-    strength = read_json(out / "results" / "sd15_e3_adapter_scale.json")
+    strength = read_json(out / "results" / "sd15_e3_lora_scale.json")
     assert set(strength) == {"1", "2"} and all(len(r) == 3 for r in strength.values())
