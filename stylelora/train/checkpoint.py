@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'RECIPE', 'Processes', 'add_up', 'any_of', 'Run', 'start', 'flush', 'history', 'digest', 'pack_run',
-           'read_checkpoint', 'restore', 'describe', 'check_same']
+           'read_checkpoint', 'restore', 'fill', 'digest_of', 'describe', 'check_same']
 
 # %% ../../nbs/05_train/02_checkpoint.ipynb #5c3c5c54
 import json, math, os, time, torch
@@ -196,6 +196,36 @@ def restore(
         run.rows.append({k: v for k, v in row.items() if not math.isnan(v)})
     if facts["scaler"]:
         run.scaler.load_state_dict(facts["scaler"])
+
+# %% ../../nbs/05_train/02_checkpoint.ipynb #6d5e8b60
+def fill(
+    run: Run,  # fresh from `start`, changed in place
+    state: dict,  # layer name -> {'A','B','alpha'}, of an adapter
+):
+    "Copy the weights of an adapter into a training that begins."
+    layers = lora_layers(run.base.unet)
+    if odd := sorted(set(layers) ^ set(state)):
+        where = "lacks" if odd[0] in layers else "has"
+        raise ValueError(f"the adapter to start from {where} layer {odd[0]}; choose the same target_modules")
+    for name, m in layers.items():
+        given = state[name]
+        rank, want = len(given["A"]), len(m.lora_A)
+        if rank != want:
+            raise ValueError(f"the adapter to start from has rank {rank}, not {want}; pass rank={rank}")
+        share = float(given.get("alpha") or rank) / m.lora_alpha
+        m.lora_A.data.copy_(given["A"].reshape(m.lora_A.shape))
+        m.lora_B.data.copy_(given["B"].reshape(m.lora_B.shape) * share)  # what alpha said stays said
+    run.average.values = [p.detach().clone() for p in run.params.values() if run.config.ema]
+
+# %% ../../nbs/05_train/02_checkpoint.ipynb #acac25f7
+def digest_of(
+    state: dict,  # layer name -> {'A','B','alpha'}
+) -> str:  # 64 hexadecimal digits
+    "Fingerprint the state of an adapter."
+    tensors = {}
+    for name, layer in state.items():
+        tensors |= {f"{name}.{k}": torch.as_tensor(v).cpu() for k, v in layer.items() if v is not None}
+    return digest(tensors)
 
 # %% ../../nbs/05_train/02_checkpoint.ipynb #d705a360
 FREE = ("save_every", "sample_every")  # parameters that do not change the result

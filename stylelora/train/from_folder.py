@@ -81,7 +81,7 @@ class Trained:
         "Return the table of what was found in the folder."
         return self.pictures.problems
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #86a8f6ba
+# %% ../../nbs/05_train/04_from_folder.ipynb #5ac3064f
 def train_folder(
     base: Base,  # the model; its U-Net carries the adapter afterwards
     folder: str | Path,  # pictures and captions
@@ -95,15 +95,16 @@ def train_folder(
     work: str | Path | None = None,  # checkpoints go and stay here; None: beside `out` until it is done
     force: bool = False,  # replace an adapter that is there
     on_pictures: Callable | None = None,  # called with the Pictures before errors are refused
-    **watch: object,  # on_step, on_sample and progress of `train`
+    manifest: dict | None = None,  # plain values for the adapter's header
+    **more: object,  # init, progress, on_start, on_step, on_sample and on_finish of `train`
 ) -> Trained:  # file, history, pictures and their problems
     "Train an adapter on a folder of pictures; the same call goes on after an interruption."
     file, checkpoints = places_of(out, work, force)
     pictures = read_checked(folder, base, on_pictures, flip=flip, template=template, style=style)
     checkpoints.mkdir(parents=True, exist_ok=True)  # an error here costs nothing yet
     data, val = encode_pictures(base, pictures, n_val, config.seed)
-    told = dict(folder=checkpoints, out=file, manifest=dict(pictures=pictures.hash))
-    history = train(base, *data, objective, config, val, **told, **watch)
+    told = dict(folder=checkpoints, out=file, manifest=dict(pictures=pictures.hash) | (manifest or {}))
+    history = train(base, *data, objective, config, val, **told, **more)
     if work is None:
         clear(checkpoints)
     return Trained(file, history, pictures)
