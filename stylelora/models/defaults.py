@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from .base import Base
 
-# %% ../../nbs/03_models/05_defaults.ipynb #9e8d5bbc
+# %% ../../nbs/03_models/05_defaults.ipynb #c2c6bf55
 @dataclass(frozen=True)
 class Defaults:
     "Say what to ask of a base unless one knows better."
@@ -21,7 +21,7 @@ class Defaults:
     sample: dict  # settings of a drawing, see `Settings`
     why: str  # where they come from
 
-
+# %% ../../nbs/03_models/05_defaults.ipynb #0865a427
 SMALL = Defaults(
     dict(target_modules="attention_ff", lr=5e-4, batch_size=8, train_steps=400, rank=8),
     dict(sampler="euler_ancestral", num_inference_steps=50, guidance_scale=3.0),
