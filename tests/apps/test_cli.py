@@ -347,7 +347,8 @@ def test_a_training_that_was_stopped_goes_on(capsys, tmp_path, pictures, monkeyp
         )
         assert main([*words, str(part)]) == 0
     assert steps == [7, 8] and part.read_bytes() == whole.read_bytes()
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["part.safetensors", "whole.safetensors"]
+    made = ["part.safetensors", "part_report", "whole.safetensors", "whole_report"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == made
 
 
 def test_nothing_is_replaced_or_computed_in_vain(capsys, tmp_path, pictures, monkeypatch):
