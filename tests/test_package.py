@@ -282,10 +282,12 @@ def test_a_stored_picture_gets_a_palette_only_where_nobody_notices():
     assert nbtext.palette_png(small) == small, "done once, it stays"
 
 
-def test_noise_and_transparent_pictures_stay_as_they_are():
-    noise = _png(np.random.default_rng(0).integers(0, 255, (60, 90, 3)).astype(np.uint8))
-    clear = _png(np.dstack([_page(), _page()[..., 0]]))
-    assert nbtext.palette_png(noise) == noise and nbtext.palette_png(clear) == clear
+def test_noise_and_transparent_pictures_stay_as_they_are_until_they_are_heavy():
+    noise = np.random.default_rng(0).integers(0, 255, (60, 90, 3)).astype(np.uint8)
+    light, clear = _png(noise[:40, :60]), _png(np.dstack([_page(), _page()[..., 0]]))
+    assert nbtext.light_png(light) == light and nbtext.light_png(clear) == clear
+    small = nbtext.light_png(_png(noise))
+    assert len(_png(noise)) > nbtext.HEAVY and len(np.unique(_pixels(small).reshape(-1, 4), axis=0)) == 64
 
 
 def test_shrinking_a_notebook_touches_its_pictures_and_nothing_else(tmp_path):

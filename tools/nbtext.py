@@ -23,7 +23,10 @@ from PIL import Image
 
 WIDGET = "application/vnd.jupyter.widget-view+json"  # needs a kernel; a page would say "Loading widget…"
 INLINE = "module://matplotlib_inline.backend_inline"  # with any other backend a kernel draws figures and stores none
-LIMIT = 40_000  # characters of a stored picture; above it, fewer colours and pixels
+HEAVY, LIMIT = (
+    16_000,
+    40_000,
+)  # characters of a stored picture: above the first fewer colours, above the second fewer pixels
 KERNEL = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 
 
@@ -56,22 +59,30 @@ def from_text(text, old=None):
     return nb
 
 
-def palette_png(png, colours=(64, 128, 256), error=1.0):
+def palette_png(png, colours=(32, 64, 128, 256), error=1.0):
     """Store a picture, the base64 text of a PNG, with the smallest palette that nobody notices.
 
     Nobody notices a mean error below one level of 255 in each channel. `MAXCOVERAGE` keeps rare colours, a thin line's,
-    and white stays white (`FASTOCTREE` makes it 254). Pictures that have a palette or transparency stay as they are.
+    and white stays white (`FASTOCTREE` makes it 254). Pictures of few colours and those with transparency stay as they are.
     """
     page = Image.open(io.BytesIO(base64.b64decode(png)))
-    if page.mode == "P" or page.convert("RGBA").getextrema()[3][0] < 255:
+    few = page.mode == "P" and len(page.getcolors()) <= colours[0]
+    if few or page.convert("RGBA").getextrema()[3][0] < 255:
         return png
     page = page.convert("RGB")
     for n in colours:
         small = page.quantize(n, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
         if abs(np.asarray(small.convert("RGB"), float) - np.asarray(page)).mean((0, 1)).max() < error:
             small.save(out := io.BytesIO(), "PNG", optimize=True)
-            return min(png, base64.b64encode(out.getvalue()).decode(), key=len)
+            text = base64.b64encode(out.getvalue()).decode()
+            return text if len(text) < 0.95 * len(png) else png  # for less, git would keep both
     return png
+
+
+def light_png(png):
+    "Store a picture with a palette; a heavy one with sixty-four colours, noticed or not."
+    small = palette_png(png)
+    return palette_png(small, (64,), 256) if len(small) > HEAVY else small
 
 
 def pictures(nb):
@@ -83,15 +94,14 @@ def pictures(nb):
 
 
 def shrink(path):
-    "Give the stored pictures of a notebook a palette; say how many characters that saves."
-    nb, saved = nbformat.read(path, 4), 0
-    for data in pictures(nb):
-        small = palette_png(data["image/png"])
-        saved += len(data["image/png"]) - len(small)
-        data["image/png"] = small
-    if saved:
-        nbformat.write(nb, path)
-    return saved
+    "Give the stored pictures of a notebook a palette, leave every other byte; say how many characters that saves."
+    text = before = Path(path).read_text(encoding="utf-8")
+    for data in pictures(nbformat.reads(text, 4)):
+        png = data["image/png"].strip()
+        text = text.replace(png, light_png(png))
+    if text != before:
+        Path(path).write_text(text, encoding="utf-8")
+    return len(before) - len(text)
 
 
 def run(path, timeout=1800):
@@ -113,9 +123,7 @@ def run(path, timeout=1800):
             if "execution_count" in o:
                 o["execution_count"] = None
     for data in pictures(nb):
-        png = palette_png(data["image/png"])
-        if len(png) > LIMIT:
-            png = palette_png(data["image/png"], error=256)  # sixty-four colours, noticed or not
+        png = light_png(data["image/png"])
         data["image/png"] = png if len(png) <= LIMIT else lighter(png, LIMIT, (64,))
     nb.metadata = nbformat.from_dict(KERNEL)
     nbformat.write(nb, path)
