@@ -130,7 +130,7 @@ def _turn(net, w, back):
     first.bias.add_(torch.einsum("oikl,i->o", kernel, back[-1]))  # exact but for the border
     first.weight.copy_(torch.einsum("oikl,ji->ojkl", kernel, back[:-1]))
 
-# %% ../../nbs/pretrain/06_autoencoder.ipynb #069dc55f
+# %% ../../nbs/pretrain/06_autoencoder.ipynb #f4dd166c
 @torch.no_grad()
 def align_latents(
     net: torch.nn.Module,  # AutoencoderTiny, changed in place
