@@ -95,7 +95,7 @@ _OUTSIDE = {
     "out.2": "conv_out",
 }
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #9d1421c4
+# %% ../../nbs/02_adapters/05_keys.ipynb #852f85d0
 def _inside_block(side, k, place, rest, layers):
     "Say what stands at a place of a flat block, in diffusers' words, or nothing."
     if rest in ("op", "conv"):
@@ -106,7 +106,7 @@ def _inside_block(side, k, place, rest, layers):
         return ""
     return f"attentions.{k}.{rest}" if place == "1" else f"resnets.{k}.{_RES.get(rest, rest)}"
 
-
+# %% ../../nbs/02_adapters/05_keys.ipynb #63356092
 def from_sgm(
     name: str,  # layer name, in the original blocks or not
     layers: int = 2,  # layers per block, 2 in all Stable Diffusion models
@@ -222,7 +222,7 @@ def _plain(network, name, layers):
         return re.sub(r"\.to_out$", ".to_out.0", from_sgm(name, layers))
     return published("", re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", name))[1:]
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #70bc8bf0
+# %% ../../nbs/02_adapters/05_keys.ipynb #c81fc989
 def layers_of(
     owner: object,  # base or pipeline, or None
 ) -> int:  # layers per block of its U-Net, by which the original code counts; 2 if it does not say
@@ -242,7 +242,7 @@ def layer_names(
         named[c] = {prefix + flat.removeprefix(prefix): n for flat, n in found.items()} | found
     return named
 
-
+# %% ../../nbs/02_adapters/05_keys.ipynb #45816d76
 def layer_of(
     network: str | None,  # 'unet', 'text_encoder' or 'text_encoder_2'; None: the layer must tell
     name: str,  # of a layer, in any style
@@ -318,7 +318,7 @@ def refuse_foreign(
                 "stylelora extract then makes a LoRA of the difference"
             )
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #80a8023e
+# %% ../../nbs/02_adapters/05_keys.ipynb #774159af
 def refuse_unread(
     unread: list[str],  # keys that were not understood, at least one
     count: int,  # number of all keys
@@ -330,8 +330,8 @@ def refuse_unread(
         named = ", ".join(map(repr, dict.fromkeys(words)))
         raise ValueError(
             f"{file}: beside the adapter it holds the embedding of {named} ({unread[0]}), which is not used "
-            f"here; convert or sample with --skip-unknown (strict=False) goes on without it, and {named} is an "
-            "ordinary word then"
+            "here; convert or sample with --skip-unknown (strict=False) goes on without it, and "
+            f"{named} is an ordinary word then"
         )
     told = [f"{k!r} ({why})" if (why := why_not(k)) else repr(k) for k in unread[:4]]
     listed = ", ".join(told) + (" …" if len(unread) > 4 else "")
