@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'TEXT', 'PREFIXES', 'ARCHITECTURE', 'EMBEDDING', 'networks_of', 'published', 'split_components',
            'join_components', 'dotted', 'from_sgm', 'to_sgm', 'split_prefix', 'split_word', 'layers_of', 'layer_names',
-           'layer_of', 'parse_key', 'why_not', 'refuse_foreign', 'refuse_unread', 'sort_tensors', 'alpha_of',
-           'to_state']
+           'layer_of', 'parse_key', 'why_not', 'refuse_foreign', 'refuse_unread', 'sort_tensors', 'to_state']
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #bfb3c022
-import math
+# %% ../../nbs/02_adapters/05_keys.ipynb #bd89bd47
 import re
 from collections import Counter
 
 import torch
 from torch import nn
 
+from .config import alpha_of, check_config
 from .lora import ADAPTER_KINDS
 
 # %% ../../nbs/02_adapters/05_keys.ipynb #98d78a64
@@ -364,43 +363,41 @@ def sort_tensors(
         refuse_unread(unread, len(tensors), file)
     return found, +formats, unread
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #4e08eae8
-def alpha_of(
-    config: dict,  # LoraConfig fields, {} if the file has none
-    name: str,  # layer name
-    rank: int,  # rank of the layer
-) -> float:  # lora_alpha such that the scale is lora_alpha / rank
-    "Find the lora_alpha of one layer; a file that says nothing means alpha = rank."
-    if odd := [k for k in ("use_dora", "use_bdlora", "lora_bias") if config.get(k)]:
-        raise ValueError(f"written with {odd[0]}={config[odd[0]]!r}: not a plain LoRA, not supported")
-    patterns = (config.get("alpha_pattern") or {}).items()
-    alpha = next((v for p, v in patterns if re.match(rf"(.*\.)?({p})$", name)), config.get("lora_alpha"))
-    if alpha is None:
-        return float(rank)
-    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
-
-# %% ../../nbs/02_adapters/05_keys.ipynb #5db68200
+# %% ../../nbs/02_adapters/05_keys.ipynb #2f553a9d
 def _kind_for(found):
-    "Find the kind of adapter whose tensors a layer has, or nothing."
-    return next((k for k in ADAPTER_KINDS.values() if set(k.tensors) <= set(found)), None)
+    "Find the kind of adapter whose tensors a layer has, the latest first, or nothing."
+    return next((k for k in reversed(ADAPTER_KINDS.values()) if k.claims(found)), None)
 
 
+def _check_layers(found, file):
+    "Refuse layers that lack a tensor of their kind, or have one of another kind."
+    if half := [n for n, s in found.items() if not _kind_for(s)]:
+        few = f"{half[0]} lacks one of its matrices ({len(half)} such layers)"
+        raise ValueError(f"{file}: {few}; the file is incomplete, fetch it again")
+    for n, s in found.items():
+        own = {tensor for words in _kind_for(s).file_keys.values() for tensor in words}
+        if odd := sorted(set(s) - own - {"alpha"}):
+            raise ValueError(
+                f"{file}: {n} is a {_kind_for(s).title} with a tensor {odd[0]!r} of another kind"
+            )
+
+# %% ../../nbs/02_adapters/05_keys.ipynb #76abde34
 def to_state(
     found: dict[str, dict],  # layer name -> name -> tensor, see `sort_tensors`
     configs: dict[str, dict],  # component -> LoraConfig fields, {} if the file has none
     file: str = "",  # name for messages
 ) -> dict[str, dict]:  # layer name -> {'A','B','alpha'}, float32
     "Make a state of sorted tensors; the matrices of each layer must be complete and fit."
-    if half := [n for n, s in found.items() if not _kind_for(s)]:
-        few = f"{half[0]} lacks one of its matrices ({len(half)} such layers)"
-        raise ValueError(f"{file}: {few}; the file is incomplete, fetch it again")
+    _check_layers(found, file)
     state = {}
-    for n, s in found.items():
-        kind, component = _kind_for(s), next(iter(split_components({n: s})))
-        rank = len(s[kind.tensors[0]])
-        alpha = s["alpha"].item() if "alpha" in s else alpha_of(configs.get(component, {}), n, rank)
-        if not (layer := kind.assemble(s, alpha)):
-            shapes = " and ".join(str(tuple(s[w].shape)) for w in kind.tensors)
-            raise ValueError(f"{file}: {n}: {shapes} make no pair of matrices")
-        state[n] = layer
+    for component, layers in split_components(found).items():
+        check_config(config := configs.get(component, {}), file)
+        for n, s in layers.items():
+            kind = _kind_for(s)
+            rank = kind.rank_of(s)
+            alpha = s["alpha"].item() if "alpha" in s else alpha_of(config, n, rank)
+            if not (layer := kind.assemble(s, alpha)):
+                shapes = " and ".join(str(tuple(s[w].shape)) for w in kind.tensors)
+                raise ValueError(f"{file}: {n}: {shapes} make no pair of matrices")
+            state |= join_components({component: {n: layer}})
     return state
