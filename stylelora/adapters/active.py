@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['Adapters']
 
-# %% ../../nbs/02_adapters/09_active.ipynb #7089ac36
+# %% ../../nbs/02_adapters/09_active.ipynb #bd89bb17
 from pathlib import Path
 from types import SimpleNamespace
 
 from torch import nn
 
 from .files import load_components, read_adapter
-from .keys import TEXT
+from .keys import layer_names, layers_of, networks_of
 from .lora import lora_layers, remove
 from .merge import blend
 
-# %% ../../nbs/02_adapters/09_active.ipynb #9cb15a0a
+# %% ../../nbs/02_adapters/09_active.ipynb #c728576c
 class _Mixture:
     def __init__(
         self,
@@ -24,8 +24,7 @@ class _Mixture:
     ):
         self.model, self.states, self.active, self.enabled = model, {}, {}, True
         self.owner = SimpleNamespace(unet=model) if isinstance(model, nn.Module) else model
-        networks = [getattr(self.owner, c, None) for c in ("unet", *TEXT)]
-        self.networks = [network for network in networks if network is not None]
+        self.networks = list(networks_of(self.owner).values())
         if there := sum(len(lora_layers(network)) for network in self.networks):
             raise ValueError(
                 f"the model already carries {there} adapters of its own; call remove(model) first"
@@ -52,15 +51,14 @@ class _Shown(_Mixture):
             for m in lora_layers(network).values():
                 m.enabled = self.enabled
 
-# %% ../../nbs/02_adapters/09_active.ipynb #c8e0d8b7
+# %% ../../nbs/02_adapters/09_active.ipynb #f3d3492d
 class _Filled(_Shown):
     def add(self, name, state):  # a new name; layer name -> {'A','B','alpha'}, or a file or its folder
         "Keep an adapter; it stays off until `set_adapters` names it."
         if name in self.states:
             raise ValueError(f"adapter {name!r} is there already; take another name, or remove it first")
-        config = getattr(self.owner.unet, "config", None)  # its blocks decide kohya's names for SDXL
         if isinstance(state, (str, Path)):
-            state = read_adapter(state, getattr(config, "layers_per_block", 2)).state
+            state = read_adapter(state, layers_of(self.owner), names=layer_names(self.owner)).state
         if not state:
             raise ValueError(f"adapter {name!r} has no layers")
         try:

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FILE', 'LAYOUTS', 'target_of', 'write_peft', 'save_adapter', 'save_lora', 'find_file', 'read_tensors', 'files_of',
-           'AdapterFile', 'read_adapter', 'source_of', 'read_lora', 'load_components', 'load_adapter', 'load_lora']
+           'AdapterFile', 'read_adapter', 'source_of', 'read_lora', 'reshaped', 'same_axes', 'check_fit',
+           'load_components', 'read_for', 'load_adapter', 'load_lora']
 
-# %% ../../nbs/02_adapters/07_files.ipynb #37a10962
+# %% ../../nbs/02_adapters/07_files.ipynb #cbfd7350
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,18 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .keys import TEXT, join_components, sort_tensors, split_components, to_state
-from stylelora.adapters.layouts import (
-    adapter_config,
-    diffusers_bytes,
-    is_sdxl,
-    kohya_bytes,
-    kohya_texts,
-    one_alpha,
-    pack,
-    to_tensors,
-)
-from .lora import kind_of, load_state, lora_layers, lora_state, remove
+from .keys import NETWORKS, TEXT, join_components, layer_names, layers_of, networks_of
+from .keys import sort_tensors, split_components, to_state
+from .layouts import adapter_config, diffusers_bytes, is_sdxl, kohya_bytes, kohya_texts
+from .layouts import one_alpha, pack, to_tensors
+from .lora import check_state, kind_of, load_state, lora_state
 from ..core import hash_files, pick_dtype, read_json, write_atomic
 
 # %% ../../nbs/02_adapters/07_files.ipynb #a618a692
@@ -90,7 +85,14 @@ def write_peft(
         write_atomic(at / "adapter_config.json", config + "\n")
     return folder
 
-# %% ../../nbs/02_adapters/07_files.ipynb #ee30b230
+# %% ../../nbs/02_adapters/07_files.ipynb #45bf7f88
+def _kohya_file(state, texts, dtype, sdxl, like):
+    "Make the bytes of a kohya file, with the names that the model at hand, or its proof, asks for."
+    if sdxl is None:
+        sdxl = is_sdxl(state) if like is None else TEXT[1] in networks_of(like)
+    return kohya_bytes(state, texts, dtype, sdxl, layers_of(like))
+
+# %% ../../nbs/02_adapters/07_files.ipynb #8689e469
 def save_adapter(
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}, text encoders with the component in front
     path: str | Path,  # file, or the folder for 'peft'
@@ -100,6 +102,7 @@ def save_adapter(
     texts: dict[str, str] | None = None,  # more header texts, such as ss_… of a source
     sdxl: bool | None = None,  # kohya: name layers as in SDXL files; None: if the adapter is for SDXL
     force: bool = True,  # False: refuse to replace what is there
+    like: object = None,  # base that the adapter is for; None: its layers tell
 ) -> Path:  # the file, or the folder for 'peft'
     "Write an adapter in one of the three layouts, atomically."
     path, dtype = target_of(path, layout, force), dtype and pick_dtype(dtype)
@@ -113,8 +116,7 @@ def save_adapter(
         return write_atomic(path, diffusers_bytes(split_components(state), texts, dtype))
     state = one_alpha(state, dtype)
     texts = kohya_texts(state, manifest, path.stem) | texts
-    sdxl = is_sdxl(state) if sdxl is None else sdxl
-    return write_atomic(path, kohya_bytes(state, texts, dtype, sdxl))
+    return write_atomic(path, _kohya_file(state, texts, dtype, sdxl, like))
 
 # %% ../../nbs/02_adapters/07_files.ipynb #645de1fc
 def save_lora(
@@ -166,7 +168,7 @@ def files_of(
     "List the files that an adapter consists of."
     return sorted(Path(path).glob("*/adapter_model.safetensors")) or [find_file(path)]
 
-# %% ../../nbs/02_adapters/07_files.ipynb #105fc9e9
+# %% ../../nbs/02_adapters/07_files.ipynb #a3feacb6
 @dataclass
 class AdapterFile:
     "Hold what an adapter file says."
@@ -181,16 +183,16 @@ class AdapterFile:
 
 def _configs(file, texts):
     "Find LoraConfig fields per component, in the header or in PEFT's file beside it."
-    beside, components = Path(file).parent / "adapter_config.json", ("unet", *TEXT)
+    beside = Path(file).parent / "adapter_config.json"
     if Path(file).name == "adapter_model.safetensors" and beside.is_file():
-        return dict.fromkeys(components, read_json(beside))
-    configs = {c: {} for c in components}
+        return dict.fromkeys(NETWORKS, read_json(beside))
+    configs = {c: {} for c in NETWORKS}
     for k, v in json.loads(texts.get("lora_adapter_metadata", "{}")).items():
         component, _, name = k.partition(".")
         configs.setdefault(component, {})[name] = v
     return configs
 
-# %% ../../nbs/02_adapters/07_files.ipynb #23addbbb
+# %% ../../nbs/02_adapters/07_files.ipynb #f594a4c1
 def _dtype(tensors):
     "Name the number format of most matrices, float32 for those that we do not write."
     matrices = Counter(v.dtype for v in tensors.values() if v.ndim)
@@ -198,11 +200,11 @@ def _dtype(tensors):
     return str(usual)[6:] if usual in (torch.float16, torch.bfloat16) else "float32"
 
 
-def _read_file(file, layers, strict):
+def _read_file(file, layers, strict, names):
     tensors, texts = read_tensors(file)
     if not tensors:
         raise ValueError(f"{file} holds no tensors; it is no adapter")
-    found, formats, unread = sort_tensors(tensors, file, layers, strict)
+    found, formats, unread = sort_tensors(tensors, file, layers, strict, names)
     state = to_state(found, _configs(file, texts), file)
     if len(state) != len(found):
         raise RuntimeError(f"{file}: a layer was lost")
@@ -210,24 +212,28 @@ def _read_file(file, layers, strict):
     dtype = _dtype({k: v for k, v in tensors.items() if k not in unread})
     return AdapterFile(state, "+".join(sorted(formats)), texts, manifest, tuple(unread), dtype)
 
-# %% ../../nbs/02_adapters/07_files.ipynb #5937ab62
-def _inside(name):
-    return name.split(".", 1)[1] if name.startswith(TEXT) else name
+# %% ../../nbs/02_adapters/07_files.ipynb #bb00a8e0
+def _inside(folder, state):
+    "Name the layers of a sub-folder of PEFT inside the network that the folder is named after."
+    found = split_components(state)
+    if len(found) > 1 or ("unet" in found) != (folder.name == "unet"):
+        odd = f"{folder}: it holds layers of {', '.join(found)}, not of {folder.name} alone"
+        raise ValueError(f"{odd}; put each network into a sub-folder of its own name")
+    return next(iter(found.values()))
 
 
 def read_adapter(
     path: str | Path,  # .safetensors file, its folder, or a folder with one sub-folder of PEFT per network
     layers: int = 2,  # layers per block of the U-Net, for kohya's SDXL names
     strict: bool = True,  # False: skip keys that are not understood and list them in `unread`
+    names: dict | None = None,  # layers of the model at hand, see `layer_names`
 ) -> AdapterFile:  # what the file says
     "Read an adapter in any of the key formats, looking at every key."
-    files = {c: Path(path) / c / "adapter_model.safetensors" for c in ("unet", *TEXT)}
-    read = {c: _read_file(f, layers, strict) for c, f in files.items() if f.is_file()}
+    files = {c: Path(path) / c / "adapter_model.safetensors" for c in NETWORKS}
+    read = {c: _read_file(f, layers, strict, names) for c, f in files.items() if f.is_file()}
     if not read:
-        return _read_file(find_file(path), layers, strict)
-    components = {}
-    for c, found in read.items():
-        components[c] = {_inside(n): s for n, s in found.state.items()}
+        return _read_file(find_file(path), layers, strict, names)
+    components = {c: _inside(files[c].parent, found.state) for c, found in read.items()}
     first, unread = next(iter(read.values())), sum((found.unread for found in read.values()), ())
     return replace(first, state=join_components(components), unread=unread)
 
@@ -249,13 +255,18 @@ def read_lora(
     found = read_adapter(path)
     return found.state, found.manifest
 
-# %% ../../nbs/02_adapters/07_files.ipynb #da2b6332
-def _reshaped(s, W):
-    "Give the matrices of a layer the number of axes of a weight, if it is a 1x1 kernel or a matrix."
+# %% ../../nbs/02_adapters/07_files.ipynb #24d9c477
+def reshaped(
+    s: dict,  # one layer of a state
+    shape: tuple,  # of the weight (d,k) or (d,c,k,k); only what follows d counts
+) -> dict:  # the same layer, or itself where it has other numbers or is no plain pair of matrices
+    "Give the matrices of a layer the axes of a weight, where they are the same numbers."
     A = s.get("A")
-    if W is None or A is None or W.ndim == A.ndim or not A[0].numel() == W[0].numel() == W.shape[1]:
+    same = A is not None and A[0].numel() == math.prod(shape[1:]) and A.shape[1:] != shape[1:]
+    if not same or (A.ndim == 4 and A[0, 0].numel() > 1):  # a kernel is no matrix
         return s
-    return dict(s, **{w: s[w].reshape(*s[w].shape[:2], *[1] * (W.ndim - 2)) for w in "AB"})
+    B = s["B"].flatten(1)
+    return dict(s, A=A.reshape(len(A), *shape[1:]), B=B.reshape(*B.shape, *[1] * (len(shape) - 2)))
 
 
 def _fit(network, state):
@@ -264,47 +275,78 @@ def _fit(network, state):
     for n, s in state.items():
         names = (n, n.removeprefix("text_model."), f"text_model.{n}")
         n = next((name for name in names if name in modules), n)
-        fitted[n] = _reshaped(s, getattr(modules.get(n), "weight", None))
+        W = getattr(modules.get(n), "weight", None)
+        fitted[n] = s if W is None else reshaped(s, W.shape)
     return fitted
 
-# %% ../../nbs/02_adapters/07_files.ipynb #d20fcd37
+# %% ../../nbs/02_adapters/07_files.ipynb #3b9760b3
+def same_axes(
+    states: list[dict],  # states, each layer name -> {'A','B','alpha'}
+) -> list[dict]:  # the same, with a layer's matrices of the same number of axes in all
+    "Write a layer as a kernel in all adapters if it is one in any and the numbers allow it."
+    shapes, aligned = {}, []
+    for state in states:
+        for n, s in state.items():
+            shape = tuple(s["A"].shape) if "A" in s else ()
+            shapes[n] = max(shapes.get(n, ()), shape, key=len)
+    for state in states:
+        aligned.append({n: reshaped(s, shapes[n]) for n, s in state.items()})
+    return aligned
+
+# %% ../../nbs/02_adapters/07_files.ipynb #f4736aa2
+def check_fit(
+    owner: object,  # base or pipeline
+    state: dict[str, dict],  # layer name -> {'A','B','alpha'}
+) -> dict[str, dict]:  # network -> state with the names and shapes that this network has
+    "Refuse a state that does not go into the networks of a model, before anything is changed."
+    networks, components, fitted = networks_of(owner), split_components(state), {}
+    if lost := next((c for c in components if c not in networks), ""):
+        odd = f"the adapter has {len(components[lost])} layers for {lost}, which this model does not have"
+        raise ValueError(f"{odd}; is this the right base?")
+    for c, layers in components.items():
+        fitted[c] = _fit(networks[c], layers)
+        try:
+            check_state(networks[c], fitted[c])
+        except ValueError as e:
+            raise ValueError(f"{c}: {e}") from None
+        if len(fitted[c]) != len(layers):
+            raise ValueError(f"{c}: a layer is there twice, with and without text_model.; split the file")
+    return fitted
+
+# %% ../../nbs/02_adapters/07_files.ipynb #b1f21444
 def load_components(
-    owner: object,  # has the networks as attributes: unet, text_encoder, text_encoder_2
+    owner: object,  # base or pipeline
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}
     scale: float = 1.0,  # strength of the adapter
 ) -> int:  # number of layers loaded
     "Put a state into the networks it belongs to; all of it, or nothing."
-    components, count = split_components(state), 0
-    networks = {c: getattr(owner, c, None) for c in components}
-    for c, network in networks.items():
-        if network is None:
-            raise ValueError(
-                f"the adapter has {len(components[c])} layers for {c}, which this model does not have"
-            )
-    bare = [network for network in networks.values() if not lora_layers(network)]
-    for c, layers in components.items():
-        try:
-            count += len(load_state(networks[c], _fit(networks[c], layers), scale))
-        except ValueError as e:
-            for network in bare:
-                remove(network)
-            raise ValueError(f"{c}: {e}") from None
-    if count != len(state):
-        raise RuntimeError(f"{count} of {len(state)} layers arrived")
-    return count
+    fitted, networks = check_fit(owner, state), networks_of(owner)
+    return sum(len(load_state(networks[c], layers, scale)) for c, layers in fitted.items())
 
-# %% ../../nbs/02_adapters/07_files.ipynb #6e139bf4
+# %% ../../nbs/02_adapters/07_files.ipynb #dc14f4e6
+def read_for(
+    owner: object,  # base or pipeline that the adapter is for
+    path: str | Path,  # file or folder of an adapter, in any key format
+    strict: bool = True,  # False: skip keys that are not understood; the layers must fit all the same
+) -> AdapterFile:  # what the file says
+    "Read an adapter for a model at hand, which knows its own layers; all of it must fit."
+    found = read_adapter(path, layers_of(owner), strict, layer_names(owner))
+    try:
+        check_fit(owner, found.state)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    return found
+
+# %% ../../nbs/02_adapters/07_files.ipynb #7ca5e2d9
 def load_adapter(
     owner: object,  # has the networks as attributes, such as a Base
     path: str | Path,  # file or folder of an adapter, in any key format
     scale: float = 1.0,  # strength of the adapter
+    strict: bool = True,  # False: skip keys that are not understood; the layers must fit all the same
 ) -> AdapterFile:  # what the file said
     "Load an adapter of any key format into a model; all of it arrives, or nothing does."
-    found = read_adapter(path, getattr(getattr(owner.unet, "config", None), "layers_per_block", 2))
-    try:
-        load_components(owner, found.state, scale)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
+    found = read_for(owner, path, strict)
+    load_components(owner, found.state, scale)
     return found
 
 

@@ -6,7 +6,7 @@
 __all__ = ['to_tensors', 'adapter_config', 'pack', 'diffusers_bytes', 'model_of', 'is_sdxl', 'kohya_texts', 'kohya_name',
            'kohya_bytes', 'one_alpha']
 
-# %% ../../nbs/02_adapters/06_layouts.ipynb #c88c9000
+# %% ../../nbs/02_adapters/06_layouts.ipynb #3a7a8af0
 import json
 import re
 import struct
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import safetensors.torch
 import torch
 
-from .keys import TEXT, split_components, to_sgm
+from .keys import split_components, to_sgm
 from .lora import kind_of
 from ..core import sha256_bytes
 
@@ -73,7 +73,7 @@ def pack(
     text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8 bytes
     return struct.pack("<Q", len(text)) + text + raw[8 + n :]
 
-# %% ../../nbs/02_adapters/06_layouts.ipynb #fb0cf492
+# %% ../../nbs/02_adapters/06_layouts.ipynb #27a6307d
 def diffusers_bytes(
     components: dict[str, dict],  # 'unet', 'text_encoder' … -> state, layer name -> {'A','B','alpha'}
     texts: dict[str, str],  # more texts for the header
@@ -87,7 +87,7 @@ def diffusers_bytes(
     header = dict(lora_adapter_metadata=json.dumps(fields, sort_keys=True, ensure_ascii=False))
     return pack(tensors, dict(texts, format="pt", **header))
 
-# %% ../../nbs/02_adapters/06_layouts.ipynb #c924d171
+# %% ../../nbs/02_adapters/06_layouts.ipynb #f432cfe4
 _SDXL = "https://github.com/Stability-AI/generative-models"
 _MODELS = {  # width of the text -> kohya's name, architecture, resolution, implementation
     768: ("sd_v1", "stable-diffusion-v1", "512x512", "diffusers"),
@@ -96,20 +96,25 @@ _MODELS = {  # width of the text -> kohya's name, architecture, resolution, impl
 }
 
 
+_ONLY_SDXL = r"text_encoder_2\.|add_embedding\.linear_|.*\.transformer_blocks\.[1-9]"
+
+# %% ../../nbs/02_adapters/06_layouts.ipynb #607106d7
 def model_of(
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}
 ) -> tuple[str, ...]:  # kohya's name of the model, architecture, resolution, implementation; empty if unknown
     "Say which Stable Diffusion an adapter belongs to, if its layers tell."
     text = [s for n, s in state.items() if re.search(r"attn2\.to_[kv]$", n) and "A" in s]
     widths = {s["A"].shape[1] for s in text}
+    if not widths and any(re.match(_ONLY_SDXL, n) for n in state):
+        widths = {2048}
     return _MODELS.get(widths.pop(), ("",) * 4) if len(widths) == 1 else ("",) * 4
 
 
 def is_sdxl(
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}
 ) -> bool:  # whether kohya's names follow SDXL
-    "Say whether an adapter is for SDXL."
-    return TEXT[1] in split_components(state) or model_of(state)[0].startswith("sdxl")
+    "Say whether an adapter is for SDXL, by any proof."
+    return any(re.match(_ONLY_SDXL, n) for n in state) or model_of(state)[0].startswith("sdxl")
 
 # %% ../../nbs/02_adapters/06_layouts.ipynb #f357bd0b
 _TRAINED = dict(  # our parameter -> kohya's
@@ -154,34 +159,36 @@ def kohya_texts(
     texts |= {_TRAINED[k]: v for k, v in (manifest or {}).items() if k in _TRAINED and v is not None}
     return {k: str(v) for k, v in texts.items()}
 
-# %% ../../nbs/02_adapters/06_layouts.ipynb #40f8e48e
+# %% ../../nbs/02_adapters/06_layouts.ipynb #95adad47
 def kohya_name(
     name: str,  # layer name, text encoders with the component in front
     sdxl: bool = False,  # name it as in SDXL files
+    layers: int = 2,  # layers per block of the U-Net, 2 in SDXL itself
 ) -> str:  # name of the module in a kohya file
     "Name a layer as kohya's scripts do."
     heads = dict(unet="lora_unet", text_encoder="lora_te1" if sdxl else "lora_te", text_encoder_2="lora_te2")
     ((component, inside),) = split_components({name: {}}).items()
     (inside,) = inside
     if sdxl and component == "unet":
-        inside = to_sgm(inside)
+        inside = to_sgm(inside, layers)
     return f"{heads[component]}_{inside.replace('.', '_')}"
 
-# %% ../../nbs/02_adapters/06_layouts.ipynb #7e29489e
+# %% ../../nbs/02_adapters/06_layouts.ipynb #c220ae35
 def kohya_bytes(
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}
     texts: dict[str, str],  # texts for the header, see `kohya_texts`
     dtype: torch.dtype | None,  # number format of the tensors; None: as they are
     sdxl: bool = False,  # name layers as in SDXL files
+    layers: int = 2,  # layers per block of the U-Net, 2 in SDXL itself
 ) -> bytes:  # the file
     "Pack an adapter as kohya's scripts write it, with an alpha beside each layer."
-    names = {n: kohya_name(n, sdxl) for n in state}
+    names = {n: kohya_name(n, sdxl, layers) for n in state}
     tensors = to_tensors(state, dtype, lambda n, s, w: f"{names[n]}.{kind_of(s).file_keys['kohya'][w]}")
     tensors |= {f"{names[n]}.alpha": torch.tensor(s["alpha"]).to(dtype=dtype) for n, s in state.items()}
     size = int.from_bytes((raw := pack(tensors, {}))[:8], "little")
     return pack(tensors, dict(texts, format="pt", sshs_model_hash=sha256_bytes(raw[8 + size :])))
 
-# %% ../../nbs/02_adapters/06_layouts.ipynb #2476cae6
+# %% ../../nbs/02_adapters/06_layouts.ipynb #8e9d1b99
 def one_alpha(
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}
     dtype: torch.dtype | None,  # number format of the file; None: as it is

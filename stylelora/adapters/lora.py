@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADAPTER_KINDS', 'TARGETS', 'AdapterLayer', 'LoRALayer', 'LoRALinear', 'LoRAConv2d', 'AdapterKind', 'register',
            'kind_of', 'LoRA', 'find_targets', 'lora_layers', 'inject', 'remove', 'merge', 'unmerge', 'set_scale',
-           'lora_off', 'lora_state', 'delta_of', 'load_state', 'count_parameters', 'summary', 'spectrum']
+           'lora_off', 'lora_state', 'delta_of', 'check_state', 'load_state', 'count_parameters', 'summary', 'spectrum']
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #99df05b7
 import math
@@ -107,17 +107,15 @@ class LoRALinear(LoRALayer):
         "Form the update of the weight (d,k), float32."
         return self.scale * self.lora_B.detach() @ self.lora_A.detach()
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #b37f0c5b
+# %% ../../nbs/02_adapters/01_lora.ipynb #7ccae537
 class LoRAConv2d(LoRALayer):
     "Add a rank-r pair of kernels to a convolution: A keeps its size, B is 1x1."
 
     def _shapes(self):
         b = self.base
         if b.groups != 1 or b.padding_mode != "zeros":
-            raise ValueError(
-                f"groups={b.groups}, padding_mode={b.padding_mode!r}: LoRAConv2d needs groups=1 "
-                "and zero padding; leave this layer out of the targets"
-            )
+            odd = f"groups={b.groups}, padding_mode={b.padding_mode!r}: LoRAConv2d needs groups=1"
+            raise ValueError(f"{odd} and zero padding; leave this layer out of the targets")
         return (self.rank, b.in_channels, *b.kernel_size), (b.out_channels, self.rank, 1, 1)
 
     def delta(self, x):
@@ -131,7 +129,7 @@ class LoRAConv2d(LoRALayer):
         A, B = self.lora_A.detach(), self.lora_B.detach()[..., 0, 0]
         return self.scale * torch.einsum("dr,rchw->dchw", B, A)
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #a584f32c
+# %% ../../nbs/02_adapters/01_lora.ipynb #14b7b3fb
 ADAPTER_KINDS = {}  # name of a kind -> its class, filled by `register`
 
 
@@ -143,7 +141,12 @@ class AdapterKind:
     mergeable = False  # whether the update of a weight can be formed without an input
     layers = {}  # class of a module -> class of the adapter layer that wraps it
     tensors = ()  # names of the tensors in the state of a layer
+    pairs = ()  # pairs of tensors of which only the product counts
     file_keys = {}  # key format -> name of a tensor -> last words of its key in a file
+    claims = classmethod(
+        lambda cls, found: set(cls.tensors) <= set(found)
+    )  # are a file's tensors of this kind?
+    rank_of = classmethod(lambda cls, s: len(s[cls.tensors[0]]))  # rank of a state; alpha is divided by it
 
     @classmethod
     def wrap(cls, base, **options):
@@ -191,7 +194,7 @@ class _LowRank(AdapterKind):
         A, B = (s[w].double().flatten(1) for w in "AB")
         return (B @ A * (s["alpha"] / len(s["A"]))).reshape(len(s["B"]), *s["A"].shape[1:])
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #3a5804a3
+# %% ../../nbs/02_adapters/01_lora.ipynb #0d73aeae
 @register
 class LoRA(_LowRank):
     "Describe the kind `lora`: W + lora_alpha / rank * B @ A. Hu et al. 2022, eq. 3."
@@ -201,19 +204,20 @@ class LoRA(_LowRank):
     mergeable = True
     layers = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
     tensors = ("A", "B")
+    pairs = (("A", "B"),)
     file_keys = dict(
         diffusers=dict(A="lora_A.weight", B="lora_B.weight"),
         peft=dict(A="lora_A.weight", B="lora_B.weight"),
         kohya=dict(A="lora_down.weight", B="lora_up.weight", mid="lora_mid.weight", alpha="alpha"),
-        old=dict(A="down.weight", B="up.weight", alpha="alpha"),
+        old=dict(A="lora.down.weight", B="lora.up.weight", alpha="lora.alpha"),
     )
 
     def assemble(found, alpha):
         "Make a state of the tensors of a file; {} if they are no pair."
-        A, B = found["A"].float(), found["B"].float()
+        A, B = found["A"].float(), found["B"].float().flatten(1)
         if "mid" in found:
             A = torch.einsum("rshw,sc->rchw", found["mid"].float(), A.flatten(1))
-        pair = A.ndim in (2, 4) and B.ndim == A.ndim and B.shape[1] == len(A) and B.numel() == len(B) * len(A)
+        pair, B = A.ndim in (2, 4) and B.shape[1] == len(A), B.reshape(*B.shape, *[1] * (A.ndim - 2))
         return dict(A=A, B=B, alpha=float(alpha)) if pair else {}
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #cdf49f27
@@ -228,7 +232,7 @@ TARGETS = dict(  # name -> regular expression over the names of layers
     text_encoder=r"self_attn\.(q|k|v|out)_proj$",
 )
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #80df3747
+# %% ../../nbs/02_adapters/01_lora.ipynb #9a616a51
 def _matches(names, target):
     pattern = TARGETS.get(target, target)
     return {n for n in names if re.search(pattern, n)}
@@ -238,10 +242,8 @@ def _no_match(target, names):
     "List the layers there are, with numbers taken out of their names."
     tails = [".".join(re.sub(r"\b\d+\b", "N", n).split(".")[-3:]) for n in names]
     listed = ", ".join(f"{k} ({c})" for k, c in sorted(Counter(tails).items())) or "none"
-    return ValueError(
-        f"target_modules={target!r} matches no linear or convolution layer; here: {listed}. "
-        f"Named targets: {', '.join(TARGETS)}"
-    )
+    odd = f"target_modules={target!r} matches no linear or convolution layer"
+    return ValueError(f"{odd}; here: {listed}. Named targets: {', '.join(TARGETS)}")
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #b38f38a2
 def find_targets(
@@ -374,40 +376,41 @@ def delta_of(
     "Form the update of one layer's weight from its state."
     return kind_of(s).delta(s)
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #05301c56
+# %% ../../nbs/02_adapters/01_lora.ipynb #afed8ee1
 def _problem(kind, layer, s):
     "Say why the state of one layer does not go into a layer of the model, or nothing."
     base = getattr(layer, "base", layer)
-    if not isinstance(base, tuple(kind.layers)):
-        return "no such linear or convolution layer here; is this the right base?"
-    if problem := kind.misfit(base, s):
+    fits, missing = isinstance(base, tuple(kind.layers)), "no such linear or convolution layer here"
+    if problem := kind.misfit(base, s) if fits else missing:
         return f"{problem}; is this the right base?"
-    for k, stored in kind.options(s).items():
+    for k, stored in dict(kind=kind.kind, **kind.options(s)).items():
         if getattr(layer, k, stored) != stored and isinstance(layer, AdapterLayer):
             return f"{k} {stored} is stored, {getattr(layer, k)} in place; remove(model) first"
 
 
-def _check(model, state):
+def check_state(
+    model: nn.Module,  # network, bare or with adapters
+    state: dict[str, dict],  # layer name -> {'A','B','alpha'}
+) -> None:
+    "Refuse a state that does not go into a network, before anything is changed."
     modules, there = dict(model.named_modules()), lora_layers(model)
     if not state:
         raise ValueError("the adapter has no layers; nothing would be loaded")
     if there and set(there) != set(state):
-        raise ValueError(
-            f"the model carries {len(there)} adapters on other layers than these {len(state)}; "
-            "remove(model) first"
-        )
+        odd = f"the model carries {len(there)} adapters on other layers than these {len(state)}"
+        raise ValueError(f"{odd}; remove(model) first")
     for n, s in state.items():
         if problem := _problem(kind_of(s), modules.get(n), s):
             raise ValueError(f"{n}: {problem}")
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #49284341
+# %% ../../nbs/02_adapters/01_lora.ipynb #7a72e58e
 def load_state(
     model: nn.Module,  # network, bare or with adapters on the same layers
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}, see `lora_state`
     scale: float = 1.0,  # strength of the loaded adapters
 ) -> list[str]:  # names of the adapted layers
     "Put stored adapters into a model, each with its own rank and lora_alpha."
-    _check(model, state)
+    check_state(model, state)
     if not lora_layers(model):
         model.requires_grad_(False)
     for n, s in state.items():

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['layer_weights', 'check_states', 'blend', 'core_of', 'norm_of', 'Fit', 'compress', 'resize', 'average_factors',
-           'extract', 'block_of', 'inspect_state', 'block_shares', 'merge_files', 'resize_file', 'convert_file',
-           'inspect_file', 'describe_file']
+           'differences', 'extract', 'block_of', 'inspect_state', 'block_shares', 'merge_files', 'resize_file',
+           'convert_file', 'inspect_file', 'describe_file']
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #c4dfc435
+# %% ../../nbs/02_adapters/08_merge.ipynb #f01d2bf9
 import json
 import math
 import re
@@ -21,12 +21,13 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .files import AdapterFile, files_of, read_adapter, save_adapter, source_of, target_of
+from .files import AdapterFile, files_of, read_adapter, same_axes, save_adapter
+from .files import source_of, target_of
 from .lora import find_targets, kind_of, lora_layers
 from ..core import generator as seeded
 from ..core import hash_files, human_bytes
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #19d360fa
+# %% ../../nbs/02_adapters/08_merge.ipynb #7e612f34
 def _shape(s):
     return (len(s["B"]), *s["A"].shape[1:])
 
@@ -108,11 +109,12 @@ def check_states(
                 raise ValueError(f"{n}: {said}; they were trained on different bases and cannot be combined")
     return list(shapes)
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #26f4e96e
+# %% ../../nbs/02_adapters/08_merge.ipynb #1d003093
 def _shares(states, weights):
     "List for each layer the adapters that have it: pairs of {'A','B','alpha'} and a number."
     if len(weights) != len(states):
         raise ValueError(f"{len(weights)} weights for {len(states)} adapters; pass one each")
+    states = same_axes(states)
     shares = {n: [] for n in check_states(states)}
     for state, weight in zip(states, weights):
         each = layer_weights(weight, list(state))
@@ -153,7 +155,7 @@ def norm_of(
     "Compute the size of an update without forming it."
     return core_of(s)[1].norm().item()
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #92d20fab
+# %% ../../nbs/02_adapters/08_merge.ipynb #0cdcb348
 @dataclass
 class Fit:
     "Hold an adapter that stands for another update, and how far it is off."
@@ -258,24 +260,25 @@ def average_factors(
         rows.append(dict(module=n, rank=ranks.pop(), norm=norm_of(_join(shares)), error=norm_of(cross)))
     return Fit(layers, pd.DataFrame(rows))
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #3017fcaf
+# %% ../../nbs/02_adapters/08_merge.ipynb #5773bd6b
 def _weights_of(model):
     if lora_layers(model):
         raise ValueError("the model carries adapters; merge(model, keep=False) them first")
     return {k: v.detach().cpu().double() for k, v in model.named_parameters()}
 
 
-def _differences(before, after):
-    "Subtract two models: parameter name -> difference, float64."
+def differences(
+    before: nn.Module,  # the base
+    after: nn.Module,  # model of the same kind
+) -> dict[str, torch.Tensor]:  # parameter name -> difference, float64
+    "Subtract two models."
     old, new = _weights_of(before), _weights_of(after)
-    odd = sorted(set(old) ^ set(new)) or [k for k in old if old[k].shape != new[k].shape]
-    if odd:
-        raise ValueError(
-            f"{odd[0]} is not alike in both models ({len(odd)} such); compare models of one kind"
-        )
+    if odd := sorted(set(old) ^ set(new)) or [k for k in old if old[k].shape != new[k].shape]:
+        many = f"{odd[0]} is not alike in both models ({len(odd)} such)"
+        raise ValueError(f"{many}; compare models of one kind")
     return {k: new[k] - old[k] for k in old}
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #93ac26b0
+# %% ../../nbs/02_adapters/08_merge.ipynb #637d7dca
 def extract(
     before: nn.Module,  # the base
     after: nn.Module,  # model of the same kind, fine-tuned
@@ -284,7 +287,7 @@ def extract(
 ) -> Fit:  # the adapter, with its error; differences outside it are the row 'elsewhere'
     "Turn the difference of two models into an adapter, losing as little as possible."
     _check_rank(rank)
-    D = _differences(before, after)
+    D = differences(before, after)
     names = find_targets(before, names) if isinstance(names, str) else list(dict.fromkeys(names))
     if lost := [n for n in names if f"{n}.weight" not in D]:
         raise ValueError(f"{lost[0]}: no such layer")

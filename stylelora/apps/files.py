@@ -51,7 +51,7 @@ def run_merge(
     fit = merge_files(adapter, each, out, rank or None, dtype)
     print(f"{out}: {len(adapter)} adapters, {fit}")
 
-# %% ../../nbs/11_apps/01_files.ipynb #f2ef98b1
+# %% ../../nbs/11_apps/01_files.ipynb #80eb25b4
 def merge_into(
     base: str,  # the model: 'embedded', 'tiny', a folder, a file or a hub id
     adapters: list,  # files of adapters, or their folders
@@ -62,6 +62,8 @@ def merge_into(
     force: bool,  # replace what is there
 ):
     "Add a weighted sum of adapters to the weights of a model, and save the model."
+    from stylelora.adapters.bases import melt
+    from stylelora.adapters.files import read_for
     from stylelora.models.load import load_base, save_base
 
     if out.suffix:
@@ -71,26 +73,9 @@ def merge_into(
     if rank:
         raise ValueError(f"--rank {rank}: nothing needs to be cut for a model; leave it out")
     model = load_base(base, "cpu")
-    count = _add_sum(model, adapters, weights)
+    count = melt(model, [read_for(model, f).state for f in adapters], weights)
     save_base(model, out, dtype)
     print(f"{out}: {base} with {len(adapters)} adapters in {count} layers")
-
-# %% ../../nbs/11_apps/01_files.ipynb #c0c03426
-def _add_sum(
-    model,  # Base, whose weights change
-    adapters: list,  # files of adapters, or their folders
-    weights: list,  # a number for each
-) -> int:  # number of layers that have changed
-    "Melt a weighted sum of adapters into a model."
-    from stylelora.adapters.files import load_components, read_adapter
-    from stylelora.adapters.lora import merge
-    from stylelora.adapters.merge import blend
-
-    state = blend([read_adapter(f).state for f in adapters], weights)
-    count = load_components(model, state)
-    for part in (model.unet, model.text_encoder):
-        merge(part, keep=False)
-    return count
 
 # %% ../../nbs/11_apps/01_files.ipynb #1e7cf35c
 def run_resize(
@@ -111,7 +96,7 @@ def run_resize(
     target_of(out, force=force)
     print(f"{out}: rank {rank}, {resize_file(adapter, rank, out, dtype)}")
 
-# %% ../../nbs/11_apps/01_files.ipynb #b146fd4e
+# %% ../../nbs/11_apps/01_files.ipynb #3fee4ce8
 def run_convert(
     adapter: Annotated[Path, Argument(help="File of an adapter, or its folder, in any layout.")],
     out: Annotated[Path, Argument(help="File to write; a folder for peft.")],
@@ -136,7 +121,7 @@ def run_convert(
     for k in got.unread:
         print(f"left out: {k}")
 
-# %% ../../nbs/11_apps/01_files.ipynb #b1776a54
+# %% ../../nbs/11_apps/01_files.ipynb #02d3e73f
 def run_extract(
     base: Annotated[str, Argument(help="Model before: embedded, a diffusers folder, a file or a hub id.")],
     tuned: Annotated[str, Argument(help="Model after, of the same kind.")],
@@ -151,8 +136,8 @@ def run_extract(
 ):
     """Make an adapter of the difference of two models.
 
-    Each layer is cut to the rank with the smallest possible error, and what
-    is kept and lost is printed. The U-Net only; others count as lost."""
+    Each layer that differs is cut to the rank with the smallest possible
+    error, and what is kept and lost is printed. All networks are compared."""
     from stylelora.adapters.files import save_adapter, target_of
     from stylelora.models.load import load_base
 
@@ -161,33 +146,31 @@ def run_extract(
     fit, kept = _difference_of(before, after, target_modules, rank)
     story = dict(made_by="stylelora extract", base_hash=before.hash, tuned_hash=after.hash)
     save_adapter(fit.state, out, to, story | dict(rank=rank, kept=kept, error=fit.error), dtype)
-    print(f"{out}: {_told_of(fit, rank, kept, before, after)}")
+    print(f"{out}: {_told_of(fit, rank, kept)}")
 
-# %% ../../nbs/11_apps/01_files.ipynb #07e32571
+# %% ../../nbs/11_apps/01_files.ipynb #992a9c17
 def _difference_of(
     before,  # Base
     after,  # Base, fine-tuned from it
     target_modules: str,  # layers to compare: a named set or a pattern
     rank: int,  # largest rank of a layer
 ) -> tuple:  # Fit; share of the change's energy in these layers that it keeps, in [0,1]
-    "Cut the difference of two U-Nets to an adapter."
-    from stylelora.adapters.merge import extract
+    "Cut the difference of two bases to an adapter."
+    from stylelora.adapters.bases import extract_base
 
-    fit = extract(before.unet, after.unet, target_modules, rank)
+    fit = extract_base(before, after, target_modules, rank)
     rows = fit.table[fit.table.module != "elsewhere"]
     return fit, 1 - (rows.error**2).sum() / (rows.norm**2).sum()
 
 
-def _told_of(fit, rank, kept, before, after):  # Fit, its rank and share of the energy; two of Base
+def _told_of(fit, rank, kept):  # Fit, its rank and share of the energy
     "Say what an extracted adapter keeps and loses."
-    said = (
-        f"{len(fit.state)} layers of rank {rank} keep {kept:.2%} of the energy of their change; "
-        f"error {fit.error:.2%} of all that changed in the U-Net"
-    )
-    old, new = before.text_encoder.state_dict(), after.text_encoder.state_dict()
-    if any(k not in new or not w.equal(new[k]) for k, w in old.items()):
-        said += "\nthe text encoders differ too, which is not in the adapter"
-    return said
+    from stylelora.adapters.keys import split_components
+
+    parts = ", ".join(f"{len(s)} in {p}" for p, s in split_components(fit.state).items())
+    kept = f"keep {kept:.2%} of the energy of their change"
+    lost = f"error {fit.error:.2%} of all that changed in the model"
+    return f"{len(fit.state)} layers ({parts}) of rank {rank} {kept}; {lost}"
 
 # %% ../../nbs/11_apps/01_files.ipynb #5c63d8a2
 def run_inspect(

@@ -7,13 +7,15 @@ __all__ = ['Base', 'quick_attention', 'misfit', 'freeze', 'check_parts', 'make_b
            'count_tokens', 'encode_image', 'decode', 'to_uint8', 'x0_from', 'guide', 'with_sizes', 'same_sizes',
            'predict_unet', 'check_context', 'EpsModel', 'denoiser']
 
-# %% ../../nbs/03_models/02_base.ipynb #e84df02d
+# %% ../../nbs/03_models/02_base.ipynb #09098c6f
 import torch
 import torch.nn.functional as F
 import numpy as np
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from torch import nn
+from ..adapters.keys import networks_of
 from ..core import expand_as, generator, pick_device, pick_dtype, sha256_bytes
 from .tiny import published_unet, randomise, tiny_networks, tiny_tokenizer
 from ..noise.schedule import Schedule
@@ -100,7 +102,7 @@ def check_parts(
     if why := misfit(**nets):
         raise ValueError(f"base {name!r}: {why}")
 
-# %% ../../nbs/03_models/02_base.ipynb #5bc8c1d0
+# %% ../../nbs/03_models/02_base.ipynb #a45ac2d3
 def make_base(
     name: str,  # what the user called it
     unet: nn.Module,  # predicts noise or velocity
@@ -114,11 +116,9 @@ def make_base(
     **more: object,  # folder, hash; for SDXL text_encoder_2, tokenizer_2, zero_empty
 ) -> Base:  # frozen, in evaluation mode
     "Freeze the networks and derive the shapes that belong to them."
-    texts, device = dict(text_encoder=text_encoder), pick_device(device)
-    if more.get("text_encoder_2") is not None:
-        texts["text_encoder_2"] = more["text_encoder_2"]
-    check_parts(name, prediction_type, unet=unet, vae=vae, **texts)
-    freeze([unet, *texts.values()], device, pick_dtype(dtype))
+    nets = networks_of(SimpleNamespace(unet=unet, text_encoder=text_encoder, **more))
+    check_parts(name, prediction_type, vae=vae, **nets)
+    freeze(nets.values(), device := pick_device(device), pick_dtype(dtype))
     freeze([vae], device, torch.float32)
     quick_attention(unet, device.type)
     h, factor = unet.config.sample_size, 2 ** (len(vae.config.block_out_channels) - 1)

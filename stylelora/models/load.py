@@ -6,11 +6,12 @@
 __all__ = ['UNCHECKED', 'schedule_of', 'read_parts', 'load_folder', 'save_base', 'load_hub', 'kind_of_file',
            'read_checkpoint_file', 'load_file', 'holes_of', 'load_base']
 
-# %% ../../nbs/03_models/04_load.ipynb #c9fd359c
+# %% ../../nbs/03_models/04_load.ipynb #3f4e977a
 import torch
 from copy import deepcopy
 from pathlib import Path
 from torch import nn
+from ..adapters.keys import networks_of
 from ..core import assets, hash_files, pick_device, pick_dtype, read_json
 from .base import Base, make_base, tiny_base
 from .components import PARTS, PICKLES, SECOND, check_base_folder, find_vae, first_line
@@ -116,7 +117,7 @@ def _scheduler(base):
         prediction_type=base.prediction_type,
     )
 
-# %% ../../nbs/03_models/04_load.ipynb #d9d98eae
+# %% ../../nbs/03_models/04_load.ipynb #df97e1b5
 def save_base(
     base: Base,  # the model
     folder: str | Path,  # target folder, readable by StableDiffusionPipeline.from_pretrained
@@ -126,8 +127,8 @@ def save_base(
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     two, parts = base.text_encoder_2 is not None, {}
-    for k in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if two else [])):
-        parts[k] = nn.Module.to(deepcopy(getattr(base, k)), "cpu", pick_dtype(dtype))
+    for k, net in dict(networks_of(base), vae=base.vae).items():
+        parts[k] = nn.Module.to(deepcopy(net), "cpu", pick_dtype(dtype))
     parts |= dict(tokenizer=base.tokenizer, scheduler=_scheduler(base))
     if two:
         empty = dict(force_zeros_for_empty_prompt=base.zero_empty, add_watermarker=False)
@@ -202,7 +203,7 @@ def read_checkpoint_file(
         pipe = cls.from_single_file(str(path), **how, **more)
     return pipe, *schedule_of(pipe.scheduler.config)
 
-# %% ../../nbs/03_models/04_load.ipynb #d4eee739
+# %% ../../nbs/03_models/04_load.ipynb #4187e759
 def load_file(
     path: str | Path,  # checkpoint .safetensors
     name: str,  # what the user called it
@@ -219,9 +220,7 @@ def load_file(
         cure = "It must be a whole model, not a LoRA"
         where = "without a network pass config=<a diffusers folder of its kind>"
         raise ValueError(f"{odd} ({first_line(e)}). {cure}; {where}.") from e
-    nets = {
-        k: getattr(pipe, k) for k in ("unet", "vae", "text_encoder", "text_encoder_2") if hasattr(pipe, k)
-    }
+    nets = networks_of(pipe) | dict(vae=pipe.vae)
     if holes := holes_of(nets):
         raise ValueError(f"{odd}: {len(holes)} tensors are missing, first {holes[0]}. Download it again.")
     if "text_encoder_2" in nets:

@@ -7,13 +7,14 @@ __all__ = ['RANGES', 'CHOICES', 'LEVELS', 'AdapterConfig', 'TrainConfig', 'check
            'batch_indices', 'Draw', 'draw_step', 'step_loss', 'loss_at', 'fixed_loss', 'evaluate', 'Average',
            'arithmetic', 'repeatable', 'check_pair', 'check_training', 'check_objective']
 
-# %% ../../nbs/05_train/01_step.ipynb #9f5f29ad
+# %% ../../nbs/05_train/01_step.ipynb #078ec24c
 import difflib, math
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 import torch
 from ..models.base import Base, predict_unet, check_context
 from ..core import generator, pick_dtype, randn_each
+from ..adapters.keys import networks_of
 from ..adapters.lora import find_targets, lora_layers
 from ..noise.objective import Objective, diffusion_loss, sample_t, training_target
 from ..noise.schedule import add_noise
@@ -327,7 +328,7 @@ def check_pair(
     if not (torch.isfinite(latents).all() and torch.isfinite(contexts).all()):
         raise ValueError(f"{name} data hold nan or infinity; compute the latents again, in float32")
 
-# %% ../../nbs/05_train/01_step.ipynb #78444858
+# %% ../../nbs/05_train/01_step.ipynb #74528eb6
 def check_training(
     base: Base,  # the model
     latents: torch.Tensor,  # clean latents (n,c,h,w)
@@ -344,6 +345,10 @@ def check_training(
     if config.mixed_precision == "float16" and base.device.type != "cuda":
         where = f"needs cuda, the base is on {base.device}"
         raise ValueError(f"mixed_precision='float16' {where}; use 'bfloat16'")
+    for c, network in networks_of(base).items():
+        if c != "unet" and lora_layers(network):
+            odd = f"the {c} of base {base.name!r} carries an adapter, whose words the U-Net would learn"
+            raise ValueError(f"{odd}; take it out with remove(base.{c}), or load the base again")
     if not lora_layers(base.unet):
         find_targets(base.unet, config.target_modules)
 
