@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINT', 'add_gradients', 'advance', 'stoppable', 'Training', 'after_step', 'report', 'loop', 'begin', 'finish',
            'plain_objective', 'carry_out', 'train', 'place_files']
 
-# %% ../../nbs/05_train/03_loop.ipynb #46b960ec
+# %% ../../nbs/05_train/03_loop.ipynb #b35255f8
 import math, signal, threading, time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..adapters.files import FILE, save_lora
 from ..adapters.lora import lora_layers
 from ..core import seed_of, write_atomic
+from ..processes import interruptible
 from ..models.base import Base, encode_text, same_sizes
 from ..noise.objective import Objective
 from .checkpoint import Run, add_up, any_of, check_same, describe, flush, history
@@ -146,7 +147,7 @@ def report(
     last = run.rows[-20:]
     return f"loss {sum(r['loss'] for r in last) / len(last):.4f}, {last[-1]['images_per_s']:.1f} images/s"
 
-# %% ../../nbs/05_train/03_loop.ipynb #f9bc9315
+# %% ../../nbs/05_train/03_loop.ipynb #568f3293
 def loop(
     t: Training,  # at any step
 ):
@@ -155,7 +156,7 @@ def loop(
     empty = encode_text(run.base, "").to(t.pair[1].dtype)
     how = dict(total=steps, initial=run.step, disable=not t.progress)
     bar = tqdm(**how, unit="step", desc="training", mininterval=1.0)
-    with stoppable() as asked, repeatable(), bar:
+    with interruptible(), stoppable() as asked, repeatable(), bar:
         while run.step < steps:
             began = time.perf_counter()
             run.rows.append(advance(run, *t.pair, empty, t.objective))
