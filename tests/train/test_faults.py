@@ -67,8 +67,8 @@ def child(log, folder, die_at, how):
         print("step", row["step"], flush=True)
         if row["step"] == die_at and how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if row["step"] == die_at and how == "interrupt":
-            os.kill(os.getpid(), signal.SIGINT)
+        if row["step"] == die_at and how in ("interrupt", "terminate"):
+            os.kill(os.getpid(), signal.SIGINT if how == "interrupt" else signal.SIGTERM)
 
     if how == "kill while writing":
         os.replace = _deadly(os.replace, die_at)
@@ -153,8 +153,9 @@ def test_killed_while_the_checkpoint_is_written(whole, tmp_path):
     assert (tmp_path / ADAPTER).read_bytes() == whole
 
 
-def test_ctrl_c_keeps_the_step_and_says_so(whole, tmp_path):
-    status, said = run(tmp_path, 5, "interrupt")
+@pytest.mark.parametrize("how", ["interrupt", "terminate"])
+def test_ctrl_c_and_sigterm_keep_the_step_and_say_so(how, whole, tmp_path):
+    status, said = run(tmp_path, 5, how)
     assert status != 0 and f"stopped after step 5 of {STEPS}; the same call goes on here" in said, said
     assert "step 6\n" not in said and (tmp_path / CHECKPOINT).exists()
     status, said = run(tmp_path)
