@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..adapters.files import FILE, save_lora
 from ..adapters.lora import lora_layers
 from ..core import seed_of, write_atomic
+from ..processes import interruptible
 from ..models.base import Base, encode_text, same_sizes
 from ..noise.objective import Objective
 from .checkpoint import Run, add_up, any_of, check_same, describe, digest_of
@@ -167,7 +168,7 @@ def loop(
     empty = encode_text(run.base, "").to(t.pair[1].dtype)
     how = dict(total=steps, initial=run.step, disable=not t.progress)
     bar = tqdm(**how, unit="step", desc="training", mininterval=1.0)
-    with stoppable() as asked, repeatable(), bar:
+    with interruptible(), stoppable() as asked, repeatable(), bar:
         while run.step < steps:
             began = time.perf_counter()
             run.rows.append(advance(run, *t.pair, empty, t.objective))
