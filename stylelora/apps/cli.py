@@ -14,11 +14,11 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from .drawing import run_sample
-from .evaluating import run_evaluate
+from .sample import run_sample
+from .evaluate import run_evaluate
 from .files import run_convert, run_extract, run_inspect, run_merge, run_resize
 from .options import complain, flat
-from .training import run_train
+from .train import run_train
 
 # %% ../../nbs/11_apps/06_cli.ipynb #3cacc2e1
 def run_study(

@@ -81,7 +81,7 @@ class Trained:
         "Return the table of what was found in the folder."
         return self.pictures.problems
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #5ac3064f
+# %% ../../nbs/05_train/04_from_folder.ipynb #93ef7183
 def train_folder(
     base: Base,  # the model; its U-Net carries the adapter afterwards
     folder: str | Path,  # pictures and captions
@@ -96,15 +96,14 @@ def train_folder(
     force: bool = False,  # replace an adapter that is there
     on_pictures: Callable | None = None,  # called with the Pictures before errors are refused
     manifest: dict | None = None,  # plain values for the adapter's header
-    **more: object,  # init, progress, on_start, on_step, on_sample and on_finish of `train`
+    **more: object,  # init, progress and the functions of `Watch`
 ) -> Trained:  # file, history, pictures and their problems
     "Train an adapter on a folder of pictures; the same call goes on after an interruption."
     file, checkpoints = places_of(out, work, force)
     pictures = read_checked(folder, base, on_pictures, flip=flip, template=template, style=style)
     checkpoints.mkdir(parents=True, exist_ok=True)  # an error here costs nothing yet
     data, val = encode_pictures(base, pictures, n_val, config.seed)
-    told = dict(folder=checkpoints, out=file, manifest=dict(pictures=pictures.hash) | (manifest or {}))
-    history = train(base, *data, objective, config, val, **told, **more)
-    if work is None:
-        clear(checkpoints)
+    more |= dict(folder=checkpoints, out=file, manifest=dict(pictures=pictures.hash) | (manifest or {}))
+    history = train(base, *data, objective, config, val, **more)
+    clear(checkpoints) if work is None else None
     return Trained(file, history, pictures)

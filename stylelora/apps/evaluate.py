@@ -13,7 +13,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from .drawing import Model, find_adapter, load_model, wear
+from .sample import Model, find_adapter, load_model, wear
 from .options import number
 
 # %% ../../nbs/11_apps/05_evaluate.ipynb #9373a952

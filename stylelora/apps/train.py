@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from .drawing import Model, load_model
+from .sample import Model, load_model
 from .options import names_in, number
 
 # %% ../../nbs/11_apps/04_train.ipynb #c8c5c93e
