@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SECOND', 'PICKLES', 'part_problem', 'facts_of', 'wants_two', 'check_base_folder', 'load_part', 'first_line',
-           'find_vae', 'load_vae', 'latent_numbers', 'with_vae']
+           'find_vae', 'vae_class', 'load_vae', 'latent_numbers', 'with_vae']
 
 # %% ../../nbs/03_models/03_components.ipynb #5ae72746
 import tempfile, torch
@@ -137,14 +137,21 @@ def _fetch_vae(name, offline):
         raise ValueError(f"vae {name!r} {odd}. {cure}") from e
     return find_vae(folder)
 
-# %% ../../nbs/03_models/03_components.ipynb #02ca5e75
-def _vae_of_folder(folder):
+# %% ../../nbs/03_models/03_components.ipynb #a68a48d9
+def vae_class(
+    folder: Path,  # of the autoencoder
+) -> type:  # class of diffusers
+    "Look up the class of an autoencoder, which must be one of the two that are known."
     import diffusers
 
     name = read_json(folder / "config.json").get("_class_name")
     if name not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise ValueError(f"its class is {name}")
-    return load_part(getattr(diffusers, name), folder.parent, folder.name)
+        raise ValueError(f"its class is {name}, not AutoencoderKL or AutoencoderTiny")
+    return getattr(diffusers, name)
+
+# %% ../../nbs/03_models/03_components.ipynb #41874801
+def _vae_of_folder(folder):
+    return load_part(vae_class(folder), folder.parent, folder.name)
 
 
 def _vae_of_file(file, like):

@@ -306,3 +306,62 @@ def test_an_autoencoder_that_does_not_fit_is_refused(base, tmp_path):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=part):
             load_base(folder, "cpu", vae=str(tmp_path / place))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_mark_in_the_file_counts_more_than_a_configuration_that_was_lent(kind, tmp_path, capsys):
+    "A model that was trained to predict a velocity says so with an empty tensor, and draws as such."
+    from safetensors.torch import load_file
+
+    base = made(kind)
+    assert base.prediction_type == "epsilon"
+    single_file(base, tmp_path / "plain.safetensors")
+    folder, tensors = (
+        save_base(base, tmp_path / "folder", "float32"),
+        load_file(tmp_path / "plain.safetensors"),
+    )
+    marks = dict(v_pred=torch.zeros(0), ztsnr=torch.zeros(0), edm_mean=torch.zeros(4))
+    save_file(tensors | {"v_pred": marks["v_pred"]}, tmp_path / "v.safetensors", metadata={"format": "pt"})
+    plain, v = (
+        load_base(tmp_path / f"{n}.safetensors", "cpu", config=folder, offline=True) for n in ("plain", "v")
+    )
+    assert [plain.prediction_type, v.prediction_type] == ["epsilon", "v_prediction"]
+    if kind == "sd1":
+        parts = (base.unet, base.vae, base.text_encoder, base.tokenizer, base.schedule)
+        same = make_base("v", *parts, "v_prediction")
+        x, cond = torch.randn(1, 4, 8, 8, generator=generator("x")), encode_text(v, "a cat")
+        assert torch.allclose(denoiser(v, cond)(x, 1.0), denoiser(same, cond)(x, 1.0), atol=1e-6)
+        assert (denoiser(plain, cond)(x, 1.0) - denoiser(v, cond)(x, 1.0)).abs().max() > 0.1
+    for names, said in (
+        (["v_pred", "ztsnr"], "zero terminal SNR"),
+        (["edm_mean"], "another family of models"),
+    ):
+        save_file(
+            tensors | {n: marks[n] for n in names}, tmp_path / "odd.safetensors", metadata={"format": "pt"}
+        )
+        with pytest.raises(ValueError, match=said) as e:
+            load_base(tmp_path / "odd.safetensors", "cpu", config=folder, offline=True)
+        assert "odd.safetensors" in str(e.value) and "take a base" in str(e.value)
+        assert "not a LoRA" not in str(e.value)
+
+
+def test_zero_terminal_snr_is_refused_in_the_same_words_for_a_folder(base, tmp_path):
+    from stylelora.core import read_json, write_json
+
+    folder = save_base(base, tmp_path / "folder")
+    config = folder / "scheduler" / "scheduler_config.json"
+    write_json(config, read_json(config) | dict(rescale_betas_zero_snr=True))
+    with pytest.raises(ValueError, match="folder': zero terminal SNR .* take a base that keeps the schedule"):
+        load_base(folder, "cpu")
+
+
+def test_an_autoencoder_of_an_unknown_class_is_never_made(base, tmp_path):
+    from stylelora.core import read_json, write_json
+
+    folder = save_base(base, tmp_path / "folder")
+    config = folder / "vae" / "config.json"
+    write_json(config, read_json(config) | dict(_class_name="AutoencoderOobleck"))
+    with pytest.raises(
+        ValueError, match="vae is damaged or of another kind .*AutoencoderOobleck, not AutoencoderKL"
+    ):
+        load_base(folder, "cpu")
