@@ -6,7 +6,7 @@
 __all__ = ['FILE', 'LAYOUTS', 'target_of', 'write_peft', 'save_adapter', 'save_lora', 'find_file', 'read_tensors', 'files_of',
            'AdapterFile', 'read_adapter', 'source_of', 'read_lora', 'load_components', 'load_adapter', 'load_lora']
 
-# %% ../../nbs/02_adapters/07_files.ipynb #37a10962
+# %% ../../nbs/02_adapters/07_files.ipynb #f7bfab32
 import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -29,9 +29,9 @@ from stylelora.adapters.layouts import (
     to_tensors,
 )
 from .lora import kind_of, load_state, lora_layers, lora_state, remove
-from ..core import hash_files, pick_dtype, read_json, write_atomic
+from ..core import hash_files, path_of, pick_dtype, read_json, taken, write_atomic
 
-# %% ../../nbs/02_adapters/07_files.ipynb #a618a692
+# %% ../../nbs/02_adapters/07_files.ipynb #807efa49
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 LAYOUTS = ("diffusers", "kohya", "peft")
 
@@ -42,7 +42,7 @@ def target_of(
     force: bool = True,  # False: refuse to replace what is there
 ) -> Path:  # the file, or the folder for 'peft'
     "Check where an adapter is to be written."
-    path, is_file = Path(path), Path(path).suffix == ".safetensors"
+    path, is_file = path_of(path), Path(path).suffix == ".safetensors"
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}; use one of {', '.join(LAYOUTS)}")
     if layout == "peft" and is_file:
@@ -52,7 +52,7 @@ def target_of(
     if layout == "diffusers" and not is_file:
         path = path / FILE
     if not force and (any(path.rglob("adapter_*")) if path.is_dir() else path.exists()):
-        raise FileExistsError(f"{path} exists already; choose another name, or --force to replace it")
+        raise taken(path)
     return path
 
 # %% ../../nbs/02_adapters/07_files.ipynb #e96fa97a
@@ -69,7 +69,7 @@ _LORA = dict(
     use_dora=False,
 )
 
-# %% ../../nbs/02_adapters/07_files.ipynb #055a5457
+# %% ../../nbs/02_adapters/07_files.ipynb #6e04b619
 def _peft_key(name, s, tensor):
     return f"base_model.model.{name}.{kind_of(s).file_keys['peft'][tensor]}"
 
@@ -79,18 +79,19 @@ def write_peft(
     folder: Path,  # of the adapter; with text encoders it gets a sub-folder per network
     texts: dict[str, str],  # texts for the header
     dtype: torch.dtype | None,  # number format of the tensors; None: as they are
+    force: bool = True,  # False: refuse to replace what is there
 ) -> Path:  # the folder
     "Write an adapter as PEFT does: the tensors first, the configuration last."
     components = split_components(state)
     for c, layers in components.items():
         at = folder if list(components) == ["unet"] else folder / c
         tensors = to_tensors(layers, dtype, _peft_key)
-        write_atomic(at / "adapter_model.safetensors", pack(tensors, dict(texts, format="pt")))
+        write_atomic(at / "adapter_model.safetensors", pack(tensors, dict(texts, format="pt")), force)
         config = json.dumps(_LORA | adapter_config(layers), indent=2, sort_keys=True)
-        write_atomic(at / "adapter_config.json", config + "\n")
+        write_atomic(at / "adapter_config.json", config + "\n", force)
     return folder
 
-# %% ../../nbs/02_adapters/07_files.ipynb #ee30b230
+# %% ../../nbs/02_adapters/07_files.ipynb #64df3ab8
 def save_adapter(
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}, text encoders with the component in front
     path: str | Path,  # file, or the folder for 'peft'
@@ -108,32 +109,33 @@ def save_adapter(
     story = json.dumps(manifest or {}, sort_keys=True, ensure_ascii=False)
     texts = dict(texts or {}, stylelora_manifest=story)
     if layout == "peft":
-        return write_peft(state, path, texts, dtype)
+        return write_peft(state, path, texts, dtype, force)
     if layout == "diffusers":
-        return write_atomic(path, diffusers_bytes(split_components(state), texts, dtype))
+        return write_atomic(path, diffusers_bytes(split_components(state), texts, dtype), force)
     state = one_alpha(state, dtype)
     texts = kohya_texts(state, manifest, path.stem) | texts
     sdxl = is_sdxl(state) if sdxl is None else sdxl
-    return write_atomic(path, kohya_bytes(state, texts, dtype, sdxl))
+    return write_atomic(path, kohya_bytes(state, texts, dtype, sdxl), force)
 
-# %% ../../nbs/02_adapters/07_files.ipynb #645de1fc
+# %% ../../nbs/02_adapters/07_files.ipynb #3f191e84
 def save_lora(
     model: nn.Module,  # network with adapters
     path: str | Path,  # file ending in .safetensors, or a folder
     manifest: dict | None = None,  # plain values that tell how the adapter came about
     dtype: str | torch.dtype | None = None,  # number format in the file; None: float32, as trained
+    force: bool = True,  # False: refuse to replace what is there
 ) -> Path:  # the file
     "Write the adapters of a network to a safetensors file, atomically."
     if not (state := lora_state(model)):
         raise ValueError(f"{path}: the model carries no adapters; call inject(model) first")
-    return save_adapter(state, path, manifest=manifest, dtype=dtype)
+    return save_adapter(state, path, manifest=manifest, dtype=dtype, force=force)
 
-# %% ../../nbs/02_adapters/07_files.ipynb #d84fa0a9
+# %% ../../nbs/02_adapters/07_files.ipynb #2fc3c035
 def find_file(
     path: str | Path,  # a .safetensors file, or a folder that holds one under a usual name
 ) -> Path:  # the file
     "Find the adapter file that a path means."
-    path = Path(path)
+    path = path_of(path)
     if path.is_dir():
         found = [path / f for f in (FILE, "adapter_model.safetensors") if (path / f).is_file()]
         if found:
@@ -148,7 +150,7 @@ def find_file(
         )
     return path
 
-# %% ../../nbs/02_adapters/07_files.ipynb #b13ff84a
+# %% ../../nbs/02_adapters/07_files.ipynb #b2509682
 def read_tensors(
     file: str | Path,  # a .safetensors file
 ) -> tuple[dict, dict]:  # key -> tensor, and the texts of the header
@@ -164,7 +166,7 @@ def files_of(
     path: str | Path,  # file of an adapter, its folder, or PEFT's folder with a sub-folder per network
 ) -> list[Path]:  # its files with tensors
     "List the files that an adapter consists of."
-    return sorted(Path(path).glob("*/adapter_model.safetensors")) or [find_file(path)]
+    return sorted(path_of(path).glob("*/adapter_model.safetensors")) or [find_file(path)]
 
 # %% ../../nbs/02_adapters/07_files.ipynb #105fc9e9
 @dataclass
@@ -210,7 +212,7 @@ def _read_file(file, layers, strict):
     dtype = _dtype({k: v for k, v in tensors.items() if k not in unread})
     return AdapterFile(state, "+".join(sorted(formats)), texts, manifest, tuple(unread), dtype)
 
-# %% ../../nbs/02_adapters/07_files.ipynb #5937ab62
+# %% ../../nbs/02_adapters/07_files.ipynb #afd083c8
 def _inside(name):
     return name.split(".", 1)[1] if name.startswith(TEXT) else name
 
@@ -221,7 +223,7 @@ def read_adapter(
     strict: bool = True,  # False: skip keys that are not understood and list them in `unread`
 ) -> AdapterFile:  # what the file says
     "Read an adapter in any of the key formats, looking at every key."
-    files = {c: Path(path) / c / "adapter_model.safetensors" for c in ("unet", *TEXT)}
+    files = {c: path_of(path) / c / "adapter_model.safetensors" for c in ("unet", *TEXT)}
     read = {c: _read_file(f, layers, strict) for c, f in files.items() if f.is_file()}
     if not read:
         return _read_file(find_file(path), layers, strict)
@@ -267,7 +269,7 @@ def _fit(network, state):
         fitted[n] = _reshaped(s, getattr(modules.get(n), "weight", None))
     return fitted
 
-# %% ../../nbs/02_adapters/07_files.ipynb #d20fcd37
+# %% ../../nbs/02_adapters/07_files.ipynb #052c7e4a
 def load_components(
     owner: object,  # has the networks as attributes: unet, text_encoder, text_encoder_2
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}

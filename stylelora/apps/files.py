@@ -25,7 +25,7 @@ def numbers(
         raise ValueError(f"weights={text!r}; write finite numbers such as 0.5,1")
     return found
 
-# %% ../../nbs/11_apps/01_files.ipynb #2b045035
+# %% ../../nbs/11_apps/01_files.ipynb #14eea0ab
 def run_merge(
     adapter: Annotated[list[Path], Argument(help="Files of adapters, or their folders.")],
     weights: Annotated[str, Option(help="One number for all, or one for each: 0.5,1.")] = "1",
@@ -48,7 +48,7 @@ def run_merge(
     if into:
         return merge_into(into, adapter, each, out, rank, dtype, force)
     target_of(out, force=force)
-    fit = merge_files(adapter, each, out, rank or None, dtype)
+    fit = merge_files(adapter, each, out, rank or None, dtype, force)
     print(f"{out}: {len(adapter)} adapters, {fit}")
 
 # %% ../../nbs/11_apps/01_files.ipynb #f2ef98b1
@@ -75,7 +75,7 @@ def merge_into(
     save_base(model, out, dtype)
     print(f"{out}: {base} with {len(adapters)} adapters in {count} layers")
 
-# %% ../../nbs/11_apps/01_files.ipynb #c0c03426
+# %% ../../nbs/11_apps/01_files.ipynb #6987af23
 def _add_sum(
     model,  # Base, whose weights change
     adapters: list,  # files of adapters, or their folders
@@ -92,7 +92,7 @@ def _add_sum(
         merge(part, keep=False)
     return count
 
-# %% ../../nbs/11_apps/01_files.ipynb #1e7cf35c
+# %% ../../nbs/11_apps/01_files.ipynb #8918024c
 def run_resize(
     adapter: Annotated[Path, Argument(help="File of an adapter, or its folder.")],
     rank: Annotated[int, Option(min=1, help="Rank of every layer of the result.")] = 4,
@@ -109,9 +109,9 @@ def run_resize(
     from stylelora.adapters.merge import resize_file
 
     target_of(out, force=force)
-    print(f"{out}: rank {rank}, {resize_file(adapter, rank, out, dtype)}")
+    print(f"{out}: rank {rank}, {resize_file(adapter, rank, out, dtype, force)}")
 
-# %% ../../nbs/11_apps/01_files.ipynb #b146fd4e
+# %% ../../nbs/11_apps/01_files.ipynb #3fee4ce8
 def run_convert(
     adapter: Annotated[Path, Argument(help="File of an adapter, or its folder, in any layout.")],
     out: Annotated[Path, Argument(help="File to write; a folder for peft.")],
@@ -136,7 +136,7 @@ def run_convert(
     for k in got.unread:
         print(f"left out: {k}")
 
-# %% ../../nbs/11_apps/01_files.ipynb #b1776a54
+# %% ../../nbs/11_apps/01_files.ipynb #86f46d36
 def run_extract(
     base: Annotated[str, Argument(help="Model before: embedded, a diffusers folder, a file or a hub id.")],
     tuned: Annotated[str, Argument(help="Model after, of the same kind.")],
@@ -160,7 +160,8 @@ def run_extract(
     before, after = (load_base(b, "cpu") for b in (base, tuned))
     fit, kept = _difference_of(before, after, target_modules, rank)
     story = dict(made_by="stylelora extract", base_hash=before.hash, tuned_hash=after.hash)
-    save_adapter(fit.state, out, to, story | dict(rank=rank, kept=kept, error=fit.error), dtype)
+    story |= dict(rank=rank, kept=kept, error=fit.error)
+    save_adapter(fit.state, out, to, story, dtype, force=force)
     print(f"{out}: {_told_of(fit, rank, kept, before, after)}")
 
 # %% ../../nbs/11_apps/01_files.ipynb #07e32571
