@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['read_checked', 'encode_pictures', 'places_of', 'clear', 'Trained', 'train_folder']
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #1bcfb798
+# %% ../../nbs/05_train/04_from_folder.ipynb #17ca4d6c
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
 from ..adapters.files import target_of
+from ..core import path_of
 from ..data.folder import LatentCache, Pictures, hold_out, read_folder
 from ..models.base import Base
 from ..noise.objective import Objective
 from .checkpoint import Processes
-from .loop import CHECKPOINT, train
+from .loop import CHECKPOINT, alone_in, train
 from .step import TrainConfig
 
 # %% ../../nbs/05_train/04_from_folder.ipynb #ce0179d9
@@ -46,16 +47,15 @@ def encode_pictures(
     val = (z[held], c[held]) if held else None
     return (z[used], c[used]), val
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #e805914f
+# %% ../../nbs/05_train/04_from_folder.ipynb #32c49239
 def places_of(
     out: str | Path,  # file of the adapter, or a folder for it
     work: str | Path | None = None,  # folder of the checkpoints; None: beside the adapter
     force: bool = False,  # replace an adapter that is there
 ) -> tuple:  # the file that will be written, and the folder of its checkpoints
     "Say where a training leaves what it makes."
-    file = target_of(Path(out).expanduser(), force=force)
-    folder = file.with_suffix(".work") if work is None else Path(work)
-    return file, folder.expanduser()
+    file = target_of(out, force=force)
+    return file, file.with_suffix(".work") if work is None else path_of(work)
 
 
 def clear(
@@ -81,7 +81,7 @@ class Trained:
         "Return the table of what was found in the folder."
         return self.pictures.problems
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #93ef7183
+# %% ../../nbs/05_train/04_from_folder.ipynb #b991d8d4
 def train_folder(
     base: Base,  # the model; its U-Net carries the adapter afterwards
     folder: str | Path,  # pictures and captions
@@ -101,9 +101,10 @@ def train_folder(
     "Train an adapter on a folder of pictures; the same call goes on after an interruption."
     file, checkpoints = places_of(out, work, force)
     pictures = read_checked(folder, base, on_pictures, flip=flip, template=template, style=style)
-    checkpoints.mkdir(parents=True, exist_ok=True)  # an error here costs nothing yet
-    data, val = encode_pictures(base, pictures, n_val, config.seed)
-    more |= dict(folder=checkpoints, out=file, manifest=dict(pictures=pictures.hash) | (manifest or {}))
-    history = train(base, *data, objective, config, val, **more)
-    clear(checkpoints) if work is None else None
+    more |= dict(out=file, force=force, manifest=dict(pictures=pictures.hash) | (manifest or {}))
+    with alone_in(checkpoints, Processes().main):  # an error here costs nothing yet
+        data, val = encode_pictures(base, pictures, n_val, config.seed)
+        history = train(base, *data, objective, config, val, folder=checkpoints, **more)
+        if work is None:
+            clear(checkpoints)
     return Trained(file, history, pictures)

@@ -335,7 +335,7 @@ def test_a_training_that_was_stopped_goes_on(capsys, tmp_path, pictures, monkeyp
     with monkeypatch.context() as m:
         m.setattr(stylelora.train.loop, "after_step", pulled)
         assert main([*words, str(part)]) == 130
-    assert not part.exists() and (tmp_path / "part.work" / "checkpoint.safetensors").exists()
+    assert not part.exists() and (tmp_path / "part.work" / "stylelora-training.safetensors").exists()
     capsys.readouterr()
     assert "another training" in fails(capsys, *words, part, "--seed", 1)
     steps = []

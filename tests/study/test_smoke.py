@@ -108,7 +108,7 @@ def test_a_killed_study_ends_with_the_same_adapter(study, tmp_path):
     )
     half = trained(tmp_path).parent
     for _ in range(600):  # until the training has left a checkpoint, or is over
-        if run.poll() is not None or list(half.glob(f".{trained(tmp_path).name}*/checkpoint*")):
+        if run.poll() is not None or list(half.glob(f".{trained(tmp_path).name}*/*training*")):
             break
         time.sleep(0.2)
     os.killpg(run.pid, signal.SIGKILL) if run.poll() is None else None
