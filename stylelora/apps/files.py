@@ -121,15 +121,13 @@ def run_convert(
     for k in got.unread:
         print(f"left out: {k}")
 
-# %% ../../nbs/11_apps/01_files.ipynb #7abdb878
+# %% ../../nbs/11_apps/01_files.ipynb #bc4e6a90
 def run_extract(
     base: Annotated[str, Argument(help="Model before: embedded, a diffusers folder, a file or a hub id.")],
     tuned: Annotated[str, Argument(help="Model after, of the same kind.")],
     out: Annotated[Path, Argument(help="File to write; a folder for peft.")],
     rank: Annotated[int, Option(min=1, help="Largest rank of a layer.")] = 8,
-    target_modules: Annotated[
-        str, Option(help="Layers to compare: a named set or a pattern.")
-    ] = "attention_ff",
+    target_modules: Annotated[str, Option(help="Layers to compare.")] = "attention_ff",
     to: Annotated[str, Option(help="Layout: diffusers, kohya or peft.")] = "diffusers",
     dtype: Annotated[str, Option(help="Number format in the file.")] = "float32",
     force: Annotated[bool, Option("--force", help="Replace what is there.")] = False,

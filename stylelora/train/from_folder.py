@@ -47,7 +47,7 @@ def encode_pictures(
     val = (z[held], c[held]) if held else None
     return (z[used], c[used]), val
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #32c49239
+# %% ../../nbs/05_train/04_from_folder.ipynb #237fb18e
 def places_of(
     out: str | Path,  # file of the adapter, or a folder for it
     work: str | Path | None = None,  # folder of the checkpoints; None: beside the adapter
@@ -60,9 +60,10 @@ def places_of(
 
 def clear(
     folder: Path,  # of the checkpoints
+    keep: bool = False,  # they were asked for
 ):
     "Remove what a training has left there; anything else stays, and then the folder does too."
-    if Processes().main:
+    if Processes().main and not keep:
         (folder / CHECKPOINT).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -81,7 +82,7 @@ class Trained:
         "Return the table of what was found in the folder."
         return self.pictures.problems
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #b991d8d4
+# %% ../../nbs/05_train/04_from_folder.ipynb #2832e240
 def train_folder(
     base: Base,  # the model; its U-Net carries the adapter afterwards
     folder: str | Path,  # pictures and captions
@@ -105,6 +106,5 @@ def train_folder(
     with alone_in(checkpoints, Processes().main):  # an error here costs nothing yet
         data, val = encode_pictures(base, pictures, n_val, config.seed)
         history = train(base, *data, objective, config, val, folder=checkpoints, **more)
-        if work is None:
-            clear(checkpoints)
+        clear(checkpoints, keep=work is not None)
     return Trained(file, history, pictures)

@@ -101,7 +101,7 @@ class Watch:
     on_sample: Callable = None  # with (step, base), first and every sample_every steps
     on_finish: Callable = None  # with the base before its adapter is written; its dict goes to the manifest
 
-# %% ../../nbs/05_train/03_loop.ipynb #2cdc3594
+# %% ../../nbs/05_train/03_loop.ipynb #72319ad7
 @dataclass
 class Training:
     "Hold all that a training works with; made by `train`."
@@ -124,10 +124,6 @@ class Training:
         "Write the checkpoint, if one is wanted and this process is the one that writes."
         if self.checkpoint and self.run.processes.main:
             write_atomic(self.checkpoint, pack_run(self.run, self.identity))
-
-    def kept(self):
-        "Say what is left after an interruption."
-        return "the same call goes on here" if self.checkpoint else "no folder was given, so nothing is kept"
 
 # %% ../../nbs/05_train/03_loop.ipynb #0d1f9e1f
 def after_step(
@@ -160,11 +156,12 @@ def report(
     last = run.rows[-20:]
     return f"loss {sum(r['loss'] for r in last) / len(last):.4f}, {last[-1]['images_per_s']:.1f} images/s"
 
-# %% ../../nbs/05_train/03_loop.ipynb #c2110704
+# %% ../../nbs/05_train/03_loop.ipynb #fb81b267
 def loop(
     t: Training,  # at any step
 ):
     "Do the steps that are left; after a Ctrl-C finish the step, save, and stop."
+    kept = "the same call goes on here" if t.checkpoint else "no folder was given, so nothing is kept"
     run, steps = t.run, t.run.config.train_steps
     empty = encode_text(run.base, "").to(t.pair[1].dtype)
     how = dict(total=steps, initial=run.step, disable=not t.progress)
@@ -182,7 +179,7 @@ def loop(
                 break
             if any_of(run.processes, asked, run.base.device):
                 t.save()
-                raise KeyboardInterrupt(f"stopped after step {run.step} of {steps}; {t.kept()}")
+                raise KeyboardInterrupt(f"stopped after step {run.step} of {steps}; {kept}")
 
 # %% ../../nbs/05_train/03_loop.ipynb #fb9a5ecd
 def _is_own(file, identity):
@@ -282,7 +279,7 @@ def carry_out(
     any_of(t.run.processes, False, t.run.base.device)  # the others wait for the file
     return history(t.run)
 
-# %% ../../nbs/05_train/03_loop.ipynb #64b0a1fe
+# %% ../../nbs/05_train/03_loop.ipynb #462bd709
 def train(
     base: Base,  # frozen base; its U-Net carries the adapter afterwards
     latents: torch.Tensor,  # clean latents (n,c,h,w), see data.folder.LatentCache
@@ -303,15 +300,13 @@ def train(
     check_training(base, latents, contexts, objective, config, val)
     t = Training(start(base, config), (latents.to(base.device), contexts.to(base.device)), objective, val)
     t.identity, t.manifest = describe(base, latents, contexts, objective, config, val), manifest or {}
-    t.replace = force
-    if init:
-        t.init, t.identity["init"] = init, digest_of(init)
+    t.init, t.identity = init, t.identity | (dict(init=digest_of(init)) if init else {})
     if t.run.processes.main:  # one process speaks and writes
         t.watch, t.progress = told, progress
-    place_files(t, folder, out)
+    place_files(t, folder, out, force)
     return carry_out(t)
 
-# %% ../../nbs/05_train/03_loop.ipynb #c468a770
+# %% ../../nbs/05_train/03_loop.ipynb #5a652cba
 CHECKPOINT = "stylelora-training.safetensors"  # name of the checkpoint in the folder of a training
 
 
@@ -319,8 +314,10 @@ def place_files(
     t: Training,  # changed in place
     folder: str | Path | None,  # where the checkpoint goes; None keeps nothing
     out: str | Path | None,  # file of the adapter; None: in `folder`
+    force: bool = False,  # replace an adapter that is there
 ):
     "Say where a training writes its checkpoint and its adapter."
+    t.replace = force
     if folder is not None:
         folder = path_of(folder)
         t.checkpoint, t.adapter = folder / CHECKPOINT, folder / FILE
