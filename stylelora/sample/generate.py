@@ -7,7 +7,7 @@ __all__ = ['list_jobs', 'image_generator', 'draw_latents', 'read_size', 'picture
            'Settings', 'assign_images', 'plan_denoising', 'draw_batch', 'pair_negatives', 'generate', 'kind_of',
            'start_picture', 'write_grid']
 
-# %% ../../nbs/06_sample/02_generate.ipynb #8117f8ec
+# %% ../../nbs/06_sample/02_generate.ipynb #9867b279
 import io, time, torch
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from ..core import generator, pick_precision, randn_each, slug, write_atomic, wr
 from .samplers import Sampler, noise_source, pick_sampler
 from ..noise.schedule import Schedule, as_schedule
 from ..train.step import arithmetic
-from ..data.folder import open_image
+from ..pictures import open_image
 from ..plots import canvas
 
 # %% ../../nbs/06_sample/02_generate.ipynb #f10d5673
