@@ -6,7 +6,7 @@
 __all__ = ['FILE', 'LAYOUTS', 'target_of', 'write_peft', 'save_adapter', 'save_lora', 'find_file', 'read_tensors', 'files_of',
            'AdapterFile', 'read_adapter', 'source_of', 'read_lora', 'load_components', 'load_adapter', 'load_lora']
 
-# %% ../../nbs/02_adapters/07_files.ipynb #37a10962
+# %% ../../nbs/02_adapters/07_files.ipynb #5839ac23
 import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,7 @@ from torch import nn
 from .keys import TEXT, join_components, sort_tensors, split_components, to_state
 from stylelora.adapters.layouts import (
     adapter_config,
+    call_texts,
     diffusers_bytes,
     is_sdxl,
     kohya_bytes,
@@ -90,7 +91,7 @@ def write_peft(
         write_atomic(at / "adapter_config.json", config + "\n")
     return folder
 
-# %% ../../nbs/02_adapters/07_files.ipynb #ee30b230
+# %% ../../nbs/02_adapters/07_files.ipynb #d6fd0871
 def save_adapter(
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}, text encoders with the component in front
     path: str | Path,  # file, or the folder for 'peft'
@@ -106,7 +107,7 @@ def save_adapter(
     if not state:
         raise ValueError(f"{path}: the adapter has no layers; nothing would be saved")
     story = json.dumps(manifest or {}, sort_keys=True, ensure_ascii=False)
-    texts = dict(texts or {}, stylelora_manifest=story)
+    texts = call_texts(manifest) | dict(texts or {}, stylelora_manifest=story)
     if layout == "peft":
         return write_peft(state, path, texts, dtype)
     if layout == "diffusers":
@@ -267,7 +268,7 @@ def _fit(network, state):
         fitted[n] = _reshaped(s, getattr(modules.get(n), "weight", None))
     return fitted
 
-# %% ../../nbs/02_adapters/07_files.ipynb #d20fcd37
+# %% ../../nbs/02_adapters/07_files.ipynb #052c7e4a
 def load_components(
     owner: object,  # has the networks as attributes: unet, text_encoder, text_encoder_2
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}
