@@ -7,7 +7,8 @@ __all__ = ['SAMPLER_NAMES', 'TARGET_NAMES', 'SAMPLING_NAMES', 'WEIGHTING_NAMES',
            'Adapter', 'Denoising', 'Start', 'Pictures', 'settings_of', 'run_sample', 'load_model', 'Files', 'Captions',
            'Optimisation', 'Noise', 'config_of', 'run_train', 'run_study', 'run_report', 'dashes', 'make_app', 'main']
 
-# %% ../../nbs/11_apps/03_cli.ipynb #72cfe9a2
+# %% ../../nbs/11_apps/03_cli.ipynb #340623bb
+import shlex
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -91,7 +92,7 @@ def settings_of(
     kind_of(pictures.out)
     return settings
 
-# %% ../../nbs/11_apps/03_cli.ipynb #7a71990f
+# %% ../../nbs/11_apps/03_cli.ipynb #54b4d87f
 def run_sample(
     prompt: Annotated[list[str], Argument(help="What to draw; several prompts make several rows.")],
     pictures: Pictures,  # how many, how large, and where they go
@@ -114,6 +115,7 @@ def run_sample(
     if adapter.lora:
         files_of(adapter.lora)  # is it there at all?
     base = load_model(model, adapter)
+    _warn_of_words(base, prompt, settings.negative_prompt, adapter.lora)
     _draw_grid(base, prompt, pictures, settings, image)
 
 # %% ../../nbs/11_apps/03_cli.ipynb #9714b4e2
@@ -129,6 +131,16 @@ def load_model(
     if adapter.lora:
         load_adapter(base, adapter.lora, adapter.lora_scale)
     return base
+
+# %% ../../nbs/11_apps/03_cli.ipynb #b12de661
+def _warn_of_words(base, prompts, negative, lora):  # Base, texts, text, file of an adapter or None
+    "Print what in the prompts will not be understood."
+    from stylelora.adapters.files import read_lora
+    from stylelora.data.prompts import check_prompts
+
+    call = read_lora(lora)[1].get("call") if lora else None
+    for text in check_prompts(base, prompts, [negative], call):
+        print(f"warning: {text}")
 
 # %% ../../nbs/11_apps/03_cli.ipynb #1ada8f5a
 def _draw_grid(
@@ -146,7 +158,7 @@ def _draw_grid(
     cost, calls = made.table.seconds.mean(), made.table.nfe.iloc[0]
     print(f"{len(made)} pictures in {pictures.out}: {cost:.2f} s and {calls} network evaluations each")
 
-# %% ../../nbs/11_apps/03_cli.ipynb #72ee51a3
+# %% ../../nbs/11_apps/03_cli.ipynb #dedd804d
 @dataclass
 class Files:
     "Files."
@@ -163,7 +175,7 @@ class Captions:
 
     template: Annotated[str, Option(help="Made of {caption} {name} {folder} {style}.")] = "{caption}"
     style: Annotated[str, Option(help="Word for the style, {style} in the template.")] = ""
-    flip: Annotated[bool, Option("--flip", help="Add the mirror image of every picture.")] = False
+    flip: Annotated[bool, Option("--flip", help="Show each picture mirrored half of the time.")] = False
     val: Annotated[int, Option(min=0, help="Pictures to hold out for a validation loss.")] = 0
 
 # %% ../../nbs/11_apps/03_cli.ipynb #9fa84b7d
@@ -222,7 +234,7 @@ def config_of(
         given[name] = yaml.safe_load(value)
     return make_config(**given)
 
-# %% ../../nbs/11_apps/03_cli.ipynb #59049afe
+# %% ../../nbs/11_apps/03_cli.ipynb #60a1fe09
 def _report(found, side):  # Pictures of `data.folder`; their side in pixels
     "Print what is wrong in a folder of pictures, and what is in it."
     for r in found.problems.itertuples():
@@ -233,11 +245,12 @@ def _report(found, side):  # Pictures of `data.folder`; their side in pixels
 
 def _check_pictures(folder, captions, base):  # Path, Captions, Base
     "Report what a training would find in a folder, and refuse what it would refuse."
-    from stylelora.data.folder import read_folder
+    from stylelora.data.folder import hold_out
+    from stylelora.train.from_folder import read_checked
 
-    found = read_folder(folder, base.size, captions.flip, captions.template, captions.style, base)
-    _report(found, base.size)
-    found.refuse_errors()
+    words = dict(template=captions.template, style=captions.style, flip=captions.flip)
+    found = read_checked(folder, base, partial(_report, side=base.size), **words)
+    hold_out(len(found.images), captions.val)
 
 
 def _objective_of(noise, base):  # Noise; Base
@@ -248,7 +261,13 @@ def _objective_of(noise, base):  # Noise; Base
     options = {k: v for k, v in vars(noise).items() if k != "schedule"}
     return Objective(own, **options, prediction=base.prediction_type, base_schedule=base.schedule)
 
-# %% ../../nbs/11_apps/03_cli.ipynb #aeee698a
+# %% ../../nbs/11_apps/03_cli.ipynb #7a6d93ac
+def _tell(done, steps):  # Trained of `train.from_folder`; optimizer steps
+    "Say what a training has made, and how it is called."
+    print(f"{done.file} after {steps} steps, last loss {done.history.loss.iloc[-1]:.4f}")
+    print(f"call it as in: stylelora sample {shlex.quote(done.pictures.call['example'])} --lora {done.file}")
+
+# %% ../../nbs/11_apps/03_cli.ipynb #734f3ca0
 def run_train(
     folder: Annotated[Path, Argument(help="Folder of pictures; ten to fifty are enough.")],
     files: Files,  # what is written, and where
@@ -259,9 +278,9 @@ def run_train(
 ):
     """Train an adapter on a folder of pictures.
 
-    Captions are text files beside the pictures (cup.png, cup.txt), or
-    metadata.jsonl or metadata.csv; --template '<s1> emoji of {name}' makes
-    them from file names. A training that was stopped goes on when repeated."""
+    Captions are text files beside the pictures (cup.png, cup.txt), or in
+    metadata.csv or .jsonl; the embedded model wants --style '<s1>' and
+    --template '{style} emoji of {caption}'. Stopped, it goes on if repeated."""
     from stylelora.adapters.files import target_of
     from stylelora.train.from_folder import train_folder
 
@@ -273,7 +292,7 @@ def run_train(
     how = dict(template=captions.template, style=captions.style, flip=captions.flip, n_val=captions.val)
     how |= dict(work=files.work, force=files.force, on_pictures=partial(_report, side=base.size))
     done = train_folder(base, folder, files.out, config, _objective_of(noise, base), **how)
-    print(f"{done.file} after {config.train_steps} steps, last loss {done.history.loss.iloc[-1]:.4f}")
+    _tell(done, config.train_steps)
 
 # %% ../../nbs/11_apps/03_cli.ipynb #3cacc2e1
 def run_study(
