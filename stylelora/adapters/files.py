@@ -7,7 +7,7 @@ __all__ = ['FILE', 'LAYOUTS', 'target_of', 'write_peft', 'save_adapter', 'save_l
            'AdapterFile', 'read_adapter', 'source_of', 'read_lora', 'reshaped', 'same_axes', 'check_fit',
            'load_components', 'read_for', 'load_adapter', 'load_lora']
 
-# %% ../../nbs/02_adapters/07_files.ipynb #fafa970c
+# %% ../../nbs/02_adapters/07_files.ipynb #78345e8b
 import json
 import math
 from collections import Counter
@@ -22,7 +22,7 @@ from torch import nn
 from .keys import NETWORKS, TEXT, join_components, layer_names, layers_of, networks_of
 from .keys import sort_tensors, split_components, to_state
 from .layouts import adapter_config, diffusers_bytes, is_sdxl, kohya_bytes, kohya_texts
-from .layouts import one_alpha, pack, to_tensors
+from .layouts import call_texts, one_alpha, pack, to_tensors
 from .lora import check_state, kind_of, load_state, lora_state
 from ..core import hash_files, path_of, pick_dtype, read_json, taken, write_atomic
 
@@ -93,7 +93,7 @@ def _kohya_file(state, texts, dtype, sdxl, like):
         sdxl = is_sdxl(state) if like is None else TEXT[1] in networks_of(like)
     return kohya_bytes(state, texts, dtype, sdxl, layers_of(like))
 
-# %% ../../nbs/02_adapters/07_files.ipynb #d5dffb70
+# %% ../../nbs/02_adapters/07_files.ipynb #3aa1f38a
 def save_adapter(
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}, text encoders with the component in front
     path: str | Path,  # file, or the folder for 'peft'
@@ -110,7 +110,7 @@ def save_adapter(
     if not state:
         raise ValueError(f"{path}: the adapter has no layers; nothing would be saved")
     story = json.dumps(manifest or {}, sort_keys=True, ensure_ascii=False)
-    texts = dict(texts or {}, stylelora_manifest=story)
+    texts = call_texts(manifest) | dict(texts or {}, stylelora_manifest=story)
     if layout == "peft":
         return write_peft(state, path, texts, dtype, force)
     if layout == "diffusers":

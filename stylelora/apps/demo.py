@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'DemoSettings', 'check_settings', 'describe', 'Found', 'look_at', 'find_adapters', 'read_prompt',
            'find_truth', 'fit_image', 'wearing', 'Stopped', 'Drawing', 'draw', 'as_code', 'as_command', 'train_demo']
 
-# %% ../../nbs/11_apps/07_demo.ipynb #cdd73bfb
+# %% ../../nbs/11_apps/07_demo.ipynb #0979b19d
 import io, json, re, shlex
 from collections import Counter
 from contextlib import contextmanager
@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from ..adapters.active import Adapters
 from ..models.base import Base
 from ..core import read_json, root
-from ..data.folder import LatentCache, open_image, square
+from ..data.folder import LatentCache, square
+from ..pictures import open_image
 from ..adapters.files import FILE, save_lora
 from ..sample.generate import Settings, generate, kept_steps
 from ..data.grid import Grid, grid_images, make_caption, tidy
@@ -179,7 +180,7 @@ def find_truth(
     drawing = grid_images(grid, [concept], style)[0]
     return drawing, f"The true drawing: {concept} by {title}; {SPLITS[split]}."
 
-# %% ../../nbs/11_apps/07_demo.ipynb #b91f0282
+# %% ../../nbs/11_apps/07_demo.ipynb #174f5930
 def fit_image(
     source: str | Path | bytes,  # picture file, or its bytes
     size: int,  # side in pixels that the base works at
@@ -187,12 +188,7 @@ def fit_image(
 ) -> np.ndarray:  # bytes (size,size,3)
     "Fit a whole picture into a square, on white."
     data = source if isinstance(source, (str, Path)) else io.BytesIO(source)
-    try:
-        image = open_image(data)[0]
-    except ValueError:
-        raise ValueError(
-            f"{name or str(source)[-90:]} cannot be read as a picture; use a PNG, JPEG or WebP file"
-        ) from None
+    image, _ = open_image(data, name or str(source)[-90:])
     w, h = (max(1, round(size * side / max(image.size))) for side in image.size)
     page = Image.new("RGB", (size, size), "white")
     page.paste(image.resize((w, h), Image.Resampling.LANCZOS), ((size - w) // 2, (size - h) // 2))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLER_NAMES', 'HUB_NAME', 'Model', 'Adapter', 'split_weight', 'find_adapter', 'fetch_adapter', 'Denoising', 'Start',
-           'Pictures', 'settings_of', 'single', 'check_prompts', 'tell_long', 'run_sample', 'load_model', 'wear']
+           'Pictures', 'settings_of', 'single', 'check_notation', 'warn_of_words', 'run_sample', 'load_model', 'wear']
 
 # %% ../../nbs/11_apps/03_sample.ipynb #84c13ce9
 "`stylelora sample`: prompts, adapters with weights, a grid or single pictures that know how they were made."
@@ -144,8 +144,8 @@ def single(
     "Say whether `--out` names a folder."
     return out.is_dir() or not out.suffix
 
-# %% ../../nbs/11_apps/03_sample.ipynb #c51267b8
-def check_prompts(
+# %% ../../nbs/11_apps/03_sample.ipynb #c05e9f7f
+def check_notation(
     prompts: list,  # texts
 ):
     "Refuse or comment what other programs understand in a prompt."
@@ -159,19 +159,21 @@ def check_prompts(
             print(f"note: {found[0]} has no meaning here, it is read as plain words", file=sys.stderr)
 
 
-def tell_long(
+def warn_of_words(
     base: object,  # Base
     prompts: list,  # texts
+    negative: str,  # to be guided away from
+    worn: list = (),  # (file or folder, weight) of each adapter
 ):
-    "Say which prompts are cut."
-    from stylelora.models.base import count_tokens
+    "Print what in the prompts will not be understood, or is not how an adapter is called."
+    from stylelora.adapters.files import read_lora
+    from stylelora.data.prompts import check_prompts
 
-    limit = base.tokenizer.model_max_length
-    for prompt, n in zip(prompts, count_tokens(base, prompts)):
-        if n > limit:
-            print(f"note: {n} tokens, cut to {limit}: {prompt!r}", file=sys.stderr)
+    call = read_lora(worn[0][0])[1].get("call") if worn else None
+    for text in check_prompts(base, prompts, [negative], call):
+        print(f"warning: {text}", file=sys.stderr)
 
-# %% ../../nbs/11_apps/03_sample.ipynb #e301c76d
+# %% ../../nbs/11_apps/03_sample.ipynb #fb9bcad7
 def run_sample(
     prompt: Annotated[list[str], Argument(help="What to draw; several prompts make several rows.")],
     pictures: Pictures,  # how many, how large, and where they go
@@ -190,11 +192,11 @@ def run_sample(
     from stylelora.sample.generate import start_picture
 
     settings = settings_of(how, start, pictures)
-    check_prompts(prompt)
+    check_notation(prompt)
     image = start_picture(start.image) if start.image else None
     worn = [(find_adapter(name), weight) for name, weight in map(split_weight, adapter.lora)]
     base = load_model(model)
-    tell_long(base, prompt)
+    warn_of_words(base, prompt, settings.negative_prompt, worn)
     wear(base, worn, adapter.lora_scale)
     _draw(base, prompt, pictures, settings, image, worn)
 

@@ -6,9 +6,10 @@
 __all__ = ['TARGET_NAMES', 'SAMPLING_NAMES', 'WEIGHTING_NAMES', 'from_file', 'Files', 'Captions', 'Optimisation', 'Watching',
            'Noise', 'given_of', 'config_of', 'open_tracker', 'Session', 'watcher_of', 'check_watching', 'run_train']
 
-# %% ../../nbs/11_apps/04_train.ipynb #9085b160
+# %% ../../nbs/11_apps/04_train.ipynb #9f14914d
 "`stylelora train`: from a folder of pictures to an adapter, watched on the way."
 import difflib
+import shlex
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ def from_file(
     ctx.default_map = (ctx.default_map or {}) | given
     return file
 
-# %% ../../nbs/11_apps/04_train.ipynb #fd536dab
+# %% ../../nbs/11_apps/04_train.ipynb #5dd8da68
 @dataclass
 class Files:
     "Files."
@@ -67,7 +68,7 @@ class Captions:
 
     template: Annotated[str, Option(help="Made of {caption} {name} {folder} {style}.")] = "{caption}"
     style: Annotated[str, Option(help="Word for the style, {style} in the template.")] = ""
-    flip: Annotated[bool, Option("--flip", help="Show mirror images, too.")] = False
+    flip: Annotated[bool, Option("--flip", help="Show each picture mirrored half of the time.")] = False
     val: Annotated[int, Option(min=0, help="Pictures to hold out for a validation loss.")] = 0
 
 # %% ../../nbs/11_apps/04_train.ipynb #b21dece5
@@ -157,7 +158,7 @@ def config_of(
         config = replace(config, val_every=max(1, min(config.val_every, config.train_steps // 8)))
     return config
 
-# %% ../../nbs/11_apps/04_train.ipynb #59049afe
+# %% ../../nbs/11_apps/04_train.ipynb #60a1fe09
 def _report(found, side):  # Pictures of `data.folder`; their side in pixels
     "Print what is wrong in a folder of pictures, and what is in it."
     for r in found.problems.itertuples():
@@ -168,11 +169,12 @@ def _report(found, side):  # Pictures of `data.folder`; their side in pixels
 
 def _check_pictures(folder, captions, base):  # Path, Captions, Base
     "Report what a training would find in a folder, and refuse what it would refuse."
-    from stylelora.data.folder import read_folder
+    from stylelora.data.folder import hold_out
+    from stylelora.train.from_folder import read_checked
 
-    found = read_folder(folder, base.size, captions.flip, captions.template, captions.style, base)
-    _report(found, base.size)
-    found.refuse_errors()
+    words = dict(template=captions.template, style=captions.style, flip=captions.flip)
+    found = read_checked(folder, base, partial(_report, side=base.size), **words)
+    hold_out(len(found.images), captions.val)
 
 
 def _objective_of(noise, base):  # Noise; Base
@@ -267,7 +269,7 @@ def check_watching(
     if w.patience and w.pick == "last":
         raise ValueError("--patience needs something to compare; add --pick best --val 3")
 
-# %% ../../nbs/11_apps/04_train.ipynb #202b4ef0
+# %% ../../nbs/11_apps/04_train.ipynb #44f34505
 def run_train(
     folder: Annotated[Path, Argument(help="Folder of pictures; ten to fifty are enough.")],
     files: Files,  # what is written, and where
@@ -279,9 +281,9 @@ def run_train(
 ):
     """Train an adapter on a folder of pictures.
 
-    Captions are text files beside the pictures (cup.png, cup.txt), or
-    metadata.jsonl or metadata.csv; --template '<s1> emoji of {name}' makes
-    them from file names. A training that was stopped goes on when repeated."""
+    Captions are text files beside the pictures (cup.png, cup.txt), or in
+    metadata.csv or .jsonl; the embedded model wants --style '<s1>' and
+    --template '{style} emoji of {caption}'. Stopped, it goes on if repeated."""
     from stylelora.adapters.files import target_of
 
     given = given_of(training)
@@ -319,14 +321,13 @@ def _seen(s, found):  # Session, Pictures
     s.pictures = found
     _report(found, s.base.size)
 
-# %% ../../nbs/11_apps/04_train.ipynb #1ed64efb
+# %% ../../nbs/11_apps/04_train.ipynb #158c6f7b
 def _write_page(s, done):  # Session, Trained
     "Write table and page beside the adapter; without matplotlib there is no page."
     from stylelora.core import write_atomic
 
     write_atomic(s.folder / "history.csv", done.history.to_csv(index=False).encode())
-    prompt = s.watching.sample[0] if s.watching.sample else done.pictures.captions[0]
-    call = f"stylelora sample {prompt!r} --lora {done.file}"
+    call = f"stylelora sample {shlex.quote(done.pictures.call['example'])} --lora {done.file}"
     try:
         from stylelora.report.card import write_page
 

@@ -6,7 +6,7 @@
 __all__ = ['tidy', 'make_caption', 'styles_of', 'check_style', 'concepts_of', 'Grid', 'load_grid', 'read_sheet', 'grid_images',
            'write_style_set', 'style_table']
 
-# %% ../../nbs/04_data/03_grid.ipynb #71c8724c
+# %% ../../nbs/04_data/03_grid.ipynb #dabe195e
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ import pandas as pd
 from PIL import Image
 
 from ..core import assets, read_json, slug
+from ..pictures import open_image
 
 # %% ../../nbs/04_data/03_grid.ipynb #6f49a8c6
 def tidy(
@@ -125,14 +126,14 @@ def load_grid(
         )
     return Grid(folder, read_json(folder / "index.json"))
 
-# %% ../../nbs/04_data/03_grid.ipynb #3b1adaaf
+# %% ../../nbs/04_data/03_grid.ipynb #f6cc60aa
 @lru_cache(maxsize=64)
 def read_sheet(
     path: Path,  # a picture of square tiles
     size: int,  # side of a tile in pixels
 ) -> np.ndarray:  # tiles (n,h,w,3) uint8, row by row
     "Cut a sheet into its tiles."
-    a = np.asarray(Image.open(path).convert("RGB"))
+    a = np.asarray(open_image(path)[0])
     rows, cols = a.shape[0] // size, a.shape[1] // size
     return a.reshape(rows, size, cols, size, 3).swapaxes(1, 2).reshape(rows * cols, size, size, 3)
 

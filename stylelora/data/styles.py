@@ -6,7 +6,7 @@
 __all__ = ['HELD', 'REFERENCES', 'GridStyle', 'read_picture', 'write_pictures', 'RealStyle', 'unique_names', 'artbench_folder',
            'artbench_style', 'folder_style', 'find_style', 'source_files', 'first_pictures']
 
-# %% ../../nbs/04_data/05_styles.ipynb #32951a37
+# %% ../../nbs/04_data/05_styles.ipynb #8a6ba01d
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from ..core import assets, root, seed_of, slug, write_atomic
-from .folder import fields_of, fill, list_images, open_image, read_captions, square
+from .captions import fields_of, fill, list_images, read_captions
+from .folder import square
+from ..pictures import open_image
 from .artbench import STYLES, TEMPLATE, choose, list_artbench, read_batch, style_label
 from .grid import Grid, check_style, grid_images, load_grid, make_caption, write_style_set
 from .prepare import write_captions

@@ -7,7 +7,7 @@ __all__ = ['list_jobs', 'image_generator', 'draw_latents', 'read_size', 'picture
            'Settings', 'assign_images', 'plan_denoising', 'draw_batch', 'pair_negatives', 'generate', 'kind_of',
            'start_picture', 'write_grid']
 
-# %% ../../nbs/06_sample/02_generate.ipynb #a68f3314
+# %% ../../nbs/06_sample/02_generate.ipynb #63f565ae
 import io, json, time, torch
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from ..core import generator, pick_precision, randn_each, slug, write_atomic, wr
 from .samplers import Sampler, noise_source, pick_sampler
 from ..noise.schedule import Schedule, as_schedule
 from ..train.step import arithmetic
-from ..data.folder import open_image
+from ..pictures import open_image
 from ..plots import canvas
 
 # %% ../../nbs/06_sample/02_generate.ipynb #f10d5673
@@ -130,7 +130,7 @@ def kept_steps(
         raise ValueError(f"strength={strength} of {n} steps is no step at all; use more of either")
     return kept
 
-# %% ../../nbs/06_sample/02_generate.ipynb #ae5d8e60
+# %% ../../nbs/06_sample/02_generate.ipynb #a935b9b1
 @dataclass
 class Images:
     "Hold drawn pictures and what is known about each."

@@ -6,7 +6,7 @@
 __all__ = ['thin_curve', 'store_history', 'store_pictures', 'pictured', 'drop_pictures', 'owned', 'drop_unplanned', 'gather',
            'lighter', 'figure_of', 'lean_outputs', 'show_notebook', 'reading_runs', 'publish', 'run_study']
 
-# %% ../../nbs/09_study/07_study.ipynb #79df1831
+# %% ../../nbs/09_study/07_study.ipynb #e765abe1
 import base64, io, re, shutil
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from ..core import hash_files, read_json, root, write_atomic, write_json
+from ..pictures import open_image
 from .params import Run, complete_parameters, declared
 from stylelora.study.plan import (
     announce,
@@ -60,7 +61,7 @@ def store_history(
         table = pd.concat([thin_curve(t) for _, t in table.groupby("run_id")], ignore_index=True)
     write_table(table, path, table.select_dtypes("floating").columns, bits=11)  # losses differ little
 
-# %% ../../nbs/09_study/07_study.ipynb #29a8197d
+# %% ../../nbs/09_study/07_study.ipynb #91c5b2f1
 def store_pictures(
     ids: Collection,  # identities of runs whose folders are here
     runs: str | Path,  # folder where the folders of runs are
@@ -71,7 +72,7 @@ def store_pictures(
         for name in ("sheet", "progress"):
             if not (source := Path(runs) / i / f"{name}.png").exists():
                 continue
-            Image.open(source).convert("RGB").save(raw := io.BytesIO(), "WEBP", quality=50, method=6)
+            open_image(source)[0].save(raw := io.BytesIO(), "WEBP", quality=50, method=6)
             write_atomic(Path(results) / "pictures" / f"{i}-{name}.webp", raw.getvalue())
             shutil.copyfile(source.with_suffix(".json"), Path(results) / "pictures" / f"{i}-{name}.json")
 
@@ -156,14 +157,14 @@ def gather(
     store_pictures([i for i in here if i in wanted], runs, results)
     drop_pictures(results, keep - mine | wanted)
 
-# %% ../../nbs/09_study/07_study.ipynb #9355dfed
+# %% ../../nbs/09_study/07_study.ipynb #639a2d6f
 def lighter(
     png: str,  # base64 text of a PNG
     limit: int = 12_000,  # characters that are allowed
     palettes: tuple = (256, 64, 32),  # numbers of colours to try, at each size
 ) -> str:  # the same picture with a palette, and smaller if it must be
     "Reduce a picture to a palette, and its size only where that is not enough."
-    page = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    page, _ = open_image(io.BytesIO(base64.b64decode(png)))
     for side in 0.9 ** np.arange(12):
         part = page.resize([round(side * n) for n in page.size], Image.LANCZOS)
         for colours in palettes:
@@ -271,7 +272,7 @@ def _is_shown(
     own = trained and not profile["trainings"] and profile["pictures"] is not False
     return bool(own) and run.recipe == trained[0]
 
-# %% ../../nbs/09_study/07_study.ipynb #eab4f032
+# %% ../../nbs/09_study/07_study.ipynb #11f1e2a2
 def publish(
     profile: dict,  # from `read_profile`
     plan: list,  # of Run, with the reading ones
