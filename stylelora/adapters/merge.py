@@ -7,10 +7,8 @@ __all__ = ['layer_weights', 'check_states', 'blend', 'core_of', 'norm_of', 'Fit'
            'differences', 'extract', 'block_of', 'inspect_state', 'block_shares', 'merge_files', 'resize_file',
            'convert_file', 'inspect_file', 'describe_file']
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #f01d2bf9
-import json
-import math
-import re
+# %% ../../nbs/02_adapters/08_merge.ipynb #36654641
+import json, math, re
 from collections import Counter
 from dataclasses import dataclass
 from numbers import Real

@@ -144,7 +144,7 @@ def single(
     "Say whether `--out` names a folder."
     return out.is_dir() or not out.suffix
 
-# %% ../../nbs/11_apps/03_sample.ipynb #c05e9f7f
+# %% ../../nbs/11_apps/03_sample.ipynb #4f81ff06
 def check_notation(
     prompts: list,  # texts
 ):
@@ -158,7 +158,7 @@ def check_notation(
         if found := re.search(r"\([^()]+:\s*[\d.]+\)", prompt):
             print(f"note: {found[0]} has no meaning here, it is read as plain words", file=sys.stderr)
 
-
+# %% ../../nbs/11_apps/03_sample.ipynb #8a7d0f33
 def warn_of_words(
     base: object,  # Base
     prompts: list,  # texts

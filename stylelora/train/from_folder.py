@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['read_checked', 'encode_pictures', 'places_of', 'clear', 'Trained', 'train_folder']
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #5f9b37c6
+# %% ../../nbs/05_train/04_from_folder.ipynb #1dfa76c6
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-import torch
 from ..adapters.files import target_of
 from ..core import path_of
 from ..data.folder import LatentCache, Pictures, add_problems, hold_out, read_folder
@@ -97,7 +96,7 @@ class Trained:
         "Return the table of what was found in the folder."
         return self.pictures.problems
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #888fba34
+# %% ../../nbs/05_train/04_from_folder.ipynb #952c2fdf
 def train_folder(
     base: Base,  # the model; its U-Net carries the adapter afterwards
     folder: str | Path,  # pictures and captions
@@ -111,13 +110,12 @@ def train_folder(
     work: str | Path | None = None,  # checkpoints go and stay here; None: beside `out` until it is done
     force: bool = False,  # replace an adapter that is there
     on_pictures: Callable | None = None,  # called with the Pictures before errors are refused
-    manifest: dict | None = None,  # plain values for the adapter's header
     **more: object,  # init, progress and the functions of `Watch`
 ) -> Trained:  # file, history, pictures and their problems
     "Train an adapter on a folder of pictures; the same call goes on after an interruption."
     file, checkpoints = places_of(out, work, force)
     pictures = read_checked(folder, base, on_pictures, template, style, flip)
-    told = dict(pictures=pictures.hash, call=pictures.call) | (manifest or {})
+    told = dict(pictures=pictures.hash, call=pictures.call)
     with alone_in(checkpoints, Processes().main):  # an error here costs nothing yet
         data, val, mirrored = encode_pictures(base, pictures, n_val, config.seed, flip)
         more |= dict(folder=checkpoints, out=file, force=force, mirrored=mirrored, manifest=told)

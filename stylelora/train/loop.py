@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKPOINT', 'add_gradients', 'draw_batch', 'advance', 'stoppable', 'Watch', 'Training', 'after_step', 'report',
            'loop', 'check_target', 'alone_in', 'begin', 'finish', 'plain_objective', 'carry_out', 'train',
-           'take_mirrored', 'place_files']
+           'take_mirrored', 'take_init', 'place_files']
 
 # %% ../../nbs/05_train/03_loop.ipynb #e5f71258
 import json, math, signal, threading, time
@@ -297,7 +297,7 @@ def carry_out(
     any_of(t.run.processes, False, t.run.base.device)  # the others wait for the file
     return history(t.run)
 
-# %% ../../nbs/05_train/03_loop.ipynb #e22994aa
+# %% ../../nbs/05_train/03_loop.ipynb #d8745a7b
 def train(
     base: Base,  # frozen base; its U-Net carries the adapter afterwards
     latents: torch.Tensor,  # clean latents (n,c,h,w), see data.folder.LatentCache
@@ -319,11 +319,10 @@ def train(
     check_training(base, latents, contexts, objective, config, val)
     t = Training(start(base, config), (latents.to(base.device), contexts.to(base.device)), objective, val)
     t.identity, t.manifest = describe(base, latents, contexts, objective, config, val), manifest or {}
-    t.init, t.identity = init, t.identity | (dict(init=digest_of(init)) if init else {})
     if t.run.processes.main:  # one process speaks and writes
         t.watch, t.progress = told, progress
     place_files(t, folder, out, force)
-    return carry_out(take_mirrored(t, mirrored))
+    return carry_out(take_init(take_mirrored(t, mirrored), init))
 
 # %% ../../nbs/05_train/03_loop.ipynb #a562f23b
 def take_mirrored(
@@ -335,6 +334,16 @@ def take_mirrored(
         check_pair(t.run.base, mirrored, t.pair[1], "mirrored")
         t.mirrored = mirrored.to(t.run.base.device)
         t.identity["mirrored"] = digest(dict(latents=mirrored.cpu()))
+    return t
+
+# %% ../../nbs/05_train/03_loop.ipynb #4e3c6713
+def take_init(
+    t: Training,  # changed in place
+    init: dict | None,  # weights of an adapter, layer -> {'A','B'}, or None
+) -> Training:  # the same
+    "Give a training the adapter that it starts from."
+    if init:
+        t.init, t.identity["init"] = init, digest_of(init)
     return t
 
 # %% ../../nbs/05_train/03_loop.ipynb #5a652cba
