@@ -6,7 +6,7 @@
 __all__ = ['tidy', 'make_caption', 'styles_of', 'check_style', 'concepts_of', 'Grid', 'load_grid', 'read_sheet', 'grid_images',
            'write_style_set', 'style_table']
 
-# %% ../../nbs/04_data/03_grid.ipynb #dabe195e
+# %% ../../nbs/04_data/03_grid.ipynb #8bd5b5a5
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import assets, read_json, slug
+from ..core import assets, nearest, read_json, slug
 from ..pictures import open_image
 
 # %% ../../nbs/04_data/03_grid.ipynb #6f49a8c6
@@ -45,7 +45,7 @@ def styles_of(
     "List the styles that have a role."
     return [v for v, d in index["styles"].items() if d["role"] == role]
 
-# %% ../../nbs/04_data/03_grid.ipynb #d91e8884
+# %% ../../nbs/04_data/03_grid.ipynb #79f3d6c9
 def check_style(
     index: dict,  # content of index.json
     style: str,  # name of a style
@@ -53,7 +53,8 @@ def check_style(
     "Refuse a style that the grid does not have, listing those it has."
     if style in index["styles"]:
         return style
-    raise ValueError(f"style {style!r} is not in the grid; choose one of {', '.join(index['styles'])}")
+    hint = nearest(style, index["styles"])
+    raise ValueError(f"style {style!r} is not in the grid{hint}; choose one of {', '.join(index['styles'])}")
 
 # %% ../../nbs/04_data/03_grid.ipynb #e6829780
 def concepts_of(

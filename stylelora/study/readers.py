@@ -6,7 +6,7 @@
 __all__ = ['runs_of', 'Experiment', 'open_folders', 'open_experiment', 'first_measured', 'with_parameters', 'sweep', 'draw_sweep',
            'sheet_of', 'tiles', 'strip', 'short_title', 'show_strip']
 
-# %% ../../nbs/09_study/08_readers.ipynb #082e1143
+# %% ../../nbs/09_study/08_readers.ipynb #0a7ed9ff
 import json, textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,8 +18,7 @@ from ..core import read_json, root
 from ..pictures import open_image
 from ..plots import axes, colour, image_grid, save_figure, setup_style
 from ..stats.intervals import cluster_bootstrap
-from .plan import read_plans
-from .results import load_results
+from .results import load_results, read_plans, read_table
 from .runs import working_folder
 
 # %% ../../nbs/09_study/08_readers.ipynb #593bd19f
@@ -58,7 +57,7 @@ def open_folders(
     figures.mkdir(parents=True, exist_ok=True)
     return root() / (results or usual), folder, figures
 
-# %% ../../nbs/09_study/08_readers.ipynb #f94629e5
+# %% ../../nbs/09_study/08_readers.ipynb #e0b0cbfb
 def open_experiment(
     profile: str,  # whose runs are read; names with blanks between
     experiments: str = "",  # names of the results, with blanks between; those of the evaluations if ''
@@ -73,7 +72,7 @@ def open_experiment(
     evaluated = {r["experiment"] for r in plan.values() if r["kind"] == "evaluate"}
     rows = load_results(*(experiments.split() or sorted(evaluated)), folder=where)
     rows = rows[rows.run_id.isin(plan)]
-    return Experiment(where, folder, figures, plan, rows, pd.read_parquet(where / "runs.parquet"))
+    return Experiment(where, folder, figures, plan, rows, read_table(where / "runs.parquet"))
 
 # %% ../../nbs/09_study/08_readers.ipynb #c505978e
 def first_measured(
