@@ -93,10 +93,12 @@ def pictures(nb):
                 yield o["data"]
 
 
-def light_tables(nb):
-    "Leave out of stored tables what pages style by themselves, and the plain text that nobody sees beside them."
+def light_outputs(nb):
+    "Leave out of stored outputs what pages style by themselves, and what nobody sees beside something better."
     for c in nb.cells:
         for o in c.get("outputs", []):
+            if "image/png" in o.get("data", {}):
+                o["data"].pop("image/jpeg", None)  # Pillow's pictures come in both
             html = o.get("data", {}).get("text/html", "")
             if "<style scoped>" in html:
                 o["data"]["text/html"] = re.sub(r"<style scoped>.*?</style>\n?", "", html, flags=re.S)
@@ -107,7 +109,7 @@ def light_tables(nb):
 def shrink(path):
     "Make the stored outputs of a notebook lighter: tables, and pictures by a palette; say how many characters that saves."
     before = Path(path).read_text(encoding="utf-8")
-    text = nbformat.writes(light_tables(nbformat.reads(before, 4))) + "\n"
+    text = nbformat.writes(light_outputs(nbformat.reads(before, 4))) + "\n"
     for data in pictures(nbformat.reads(text, 4)):
         png = data["image/png"].strip()
         text = text.replace(png, light_png(png))
@@ -138,7 +140,7 @@ def run(path, timeout=1800):
         png = light_png(data["image/png"])
         data["image/png"] = png if len(png) <= LIMIT else lighter(png, LIMIT, (64,))
     nb.metadata = nbformat.from_dict(KERNEL)
-    nbformat.write(light_tables(nb), path)
+    nbformat.write(light_outputs(nb), path)
 
 
 if __name__ == "__main__":
