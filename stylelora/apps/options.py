@@ -33,7 +33,7 @@ def options_of(
         found.append(Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=hint))
     return found
 
-# %% ../../nbs/11_apps/02_options.ipynb #d6eeb763
+# %% ../../nbs/11_apps/02_options.ipynb #037db7e5
 def missing_package(
     error: ImportError,  # of a command
 ) -> str:  # what is missing and how to get it
@@ -45,8 +45,8 @@ def missing_package(
         return text
     return f"{text}; the study and its site need it: pip install 'stylelora[study]'"
 
-# %% ../../nbs/11_apps/02_options.ipynb #dfda8762
-EXPECTED = (ValueError, OSError, RuntimeError)  # their texts say what to do
+# %% ../../nbs/11_apps/02_options.ipynb #f6ab4c9c
+EXPECTED = (ValueError, OSError, RuntimeError, FloatingPointError)  # their texts say what to do
 
 
 def complain(

@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINT', 'add_gradients', 'advance', 'stoppable', 'Training', 'after_step', 'report', 'loop', 'begin', 'finish',
            'plain_objective', 'carry_out', 'train', 'place_files']
 
-# %% ../../nbs/05_train/03_loop.ipynb #46b960ec
+# %% ../../nbs/05_train/03_loop.ipynb #fcd5103e
 import math, signal, threading, time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -20,8 +20,8 @@ from ..adapters.lora import lora_layers
 from ..core import seed_of, write_atomic
 from ..models.base import Base, encode_text, same_sizes
 from ..noise.objective import Objective
-from .checkpoint import Run, add_up, any_of, check_same, describe, flush, history
-from .checkpoint import pack_run, read_checkpoint, restore, start
+from .checkpoint import Run, add_up, any_of, check_same, check_weights, describe
+from .checkpoint import flush, history, pack_run, read_checkpoint, restore, start
 from .step import TrainConfig, arithmetic, check_training, draw_step, evaluate
 from .step import lr_at, repeatable, step_loss
 
@@ -184,11 +184,13 @@ def begin(
     if t.on_sample and run.config.sample_every:
         t.on_sample(0, run.base)
 
-# %% ../../nbs/05_train/03_loop.ipynb #8d16110c
+# %% ../../nbs/05_train/03_loop.ipynb #52b46202
 def finish(
     t: Training,  # after its last step
 ):
-    "Turn the average into the adapter, and write it."
+    "Turn the average into the adapter, look at every number once more, and write it."
+    flush(t.run)
+    check_weights(t.run)
     for p, v in zip(t.run.params.values(), t.run.average.values):
         p.data.copy_(v)
     for m in lora_layers(t.run.base.unet).values():
