@@ -7,7 +7,7 @@ __all__ = ['FILE', 'LAYOUTS', 'target_of', 'write_peft', 'save_adapter', 'save_l
            'AdapterFile', 'read_adapter', 'source_of', 'read_lora', 'reshaped', 'same_axes', 'check_fit',
            'load_components', 'read_for', 'load_adapter', 'load_lora']
 
-# %% ../../nbs/02_adapters/07_files.ipynb #78345e8b
+# %% ../../nbs/02_adapters/07_files.ipynb #c5f76b02
 import json
 import math
 from collections import Counter
@@ -22,9 +22,9 @@ from torch import nn
 from .keys import NETWORKS, TEXT, join_components, layer_names, layers_of, networks_of
 from .keys import sort_tensors, split_components, to_state
 from .layouts import adapter_config, diffusers_bytes, is_sdxl, kohya_bytes, kohya_texts
-from .layouts import call_texts, one_alpha, pack, to_tensors
+from .layouts import call_texts, fit_numbers, one_alpha, pack, to_tensors
 from .lora import check_state, kind_of, load_state, lora_state
-from ..core import hash_files, path_of, pick_dtype, read_json, taken, write_atomic
+from ..core import check_finite, hash_files, path_of, pick_dtype, read_json, taken, write_atomic
 
 # %% ../../nbs/02_adapters/07_files.ipynb #807efa49
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
@@ -93,7 +93,7 @@ def _kohya_file(state, texts, dtype, sdxl, like):
         sdxl = is_sdxl(state) if like is None else TEXT[1] in networks_of(like)
     return kohya_bytes(state, texts, dtype, sdxl, layers_of(like))
 
-# %% ../../nbs/02_adapters/07_files.ipynb #3aa1f38a
+# %% ../../nbs/02_adapters/07_files.ipynb #12b717e4
 def save_adapter(
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}, text encoders with the component in front
     path: str | Path,  # file, or the folder for 'peft'
@@ -111,11 +111,11 @@ def save_adapter(
         raise ValueError(f"{path}: the adapter has no layers; nothing would be saved")
     story = json.dumps(manifest or {}, sort_keys=True, ensure_ascii=False)
     texts = call_texts(manifest) | dict(texts or {}, stylelora_manifest=story)
+    state = fit_numbers(one_alpha(state, dtype) if layout == "kohya" else state, dtype, path)
     if layout == "peft":
         return write_peft(state, path, texts, dtype, force)
     if layout == "diffusers":
         return write_atomic(path, diffusers_bytes(split_components(state), texts, dtype), force)
-    state = one_alpha(state, dtype)
     texts = kohya_texts(state, manifest, path.stem) | texts
     return write_atomic(path, _kohya_file(state, texts, dtype, sdxl, like), force)
 
@@ -152,16 +152,18 @@ def find_file(
         )
     return path
 
-# %% ../../nbs/02_adapters/07_files.ipynb #b2509682
+# %% ../../nbs/02_adapters/07_files.ipynb #a418e680
 def read_tensors(
     file: str | Path,  # a .safetensors file
 ) -> tuple[dict, dict]:  # key -> tensor, and the texts of the header
-    "Read a safetensors file as it stands."
+    "Read a safetensors file, all of whose numbers must be finite."
     try:
         with safe_open(file, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+            tensors, texts = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except SafetensorError as e:
         raise ValueError(f"{file} is damaged or no safetensors file ({e}); fetch it again") from None
+    check_finite(tensors, file, "its training broke; use an earlier checkpoint, or train at a lower rate")
+    return tensors, texts
 
 
 def files_of(

@@ -6,13 +6,13 @@
 __all__ = ['UNCHECKED', 'MARKERS', 'schedule_of', 'read_parts', 'load_folder', 'save_base', 'load_hub', 'kind_of_file', 'marked',
            'read_checkpoint_file', 'load_file', 'holes_of', 'load_base']
 
-# %% ../../nbs/03_models/04_load.ipynb #11dd4371
+# %% ../../nbs/03_models/04_load.ipynb #f10aa29f
 import torch
 from copy import deepcopy
 from pathlib import Path
 from torch import nn
 from ..adapters.keys import networks_of
-from ..core import assets, hash_files, pick_device, pick_dtype, read_json
+from ..core import assets, check_finite, hash_files, pick_device, pick_dtype, read_json
 from .base import Base, make_base, tiny_base
 from .components import PARTS, PICKLES, SECOND, check_base_folder, find_vae, first_line
 from .components import load_part, vae_class, wants_two, with_vae
@@ -118,7 +118,7 @@ def _scheduler(base):
         prediction_type=base.prediction_type,
     )
 
-# %% ../../nbs/03_models/04_load.ipynb #df97e1b5
+# %% ../../nbs/03_models/04_load.ipynb #01789fb4
 def save_base(
     base: Base,  # the model
     folder: str | Path,  # target folder, readable by StableDiffusionPipeline.from_pretrained
@@ -130,6 +130,9 @@ def save_base(
     two, parts = base.text_encoder_2 is not None, {}
     for k, net in dict(networks_of(base), vae=base.vae).items():
         parts[k] = nn.Module.to(deepcopy(net), "cpu", pick_dtype(dtype))
+        check_finite(
+            parts[k].state_dict(), f"{folder}: {k} in {dtype}", "save it in float32; nothing is written"
+        )
     parts |= dict(tokenizer=base.tokenizer, scheduler=_scheduler(base))
     if two:
         empty = dict(force_zeros_for_empty_prompt=base.zero_empty, add_watermarker=False)

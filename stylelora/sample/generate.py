@@ -7,7 +7,7 @@ __all__ = ['list_jobs', 'image_generator', 'draw_latents', 'read_size', 'picture
            'Settings', 'assign_images', 'plan_denoising', 'draw_batch', 'pair_negatives', 'generate', 'kind_of',
            'start_picture', 'write_grid']
 
-# %% ../../nbs/06_sample/02_generate.ipynb #63f565ae
+# %% ../../nbs/06_sample/02_generate.ipynb #90ffddb1
 import io, json, time, torch
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 from ..models.base import Base, decode, denoiser, encode_image, encode_text, to_uint8
-from ..core import generator, pick_precision, randn_each, slug, write_atomic, write_json
+from ..core import check_finite, generator, pick_precision, randn_each, slug, write_atomic, write_json
 from .samplers import Sampler, noise_source, pick_sampler
 from ..noise.schedule import Schedule, as_schedule
 from ..train.step import arithmetic
@@ -54,7 +54,10 @@ def image_generator(
         return torch.Generator().manual_seed(int(seed))
     return generator("image", seed)
 
-# %% ../../nbs/06_sample/02_generate.ipynb #0df1f6f9
+# %% ../../nbs/06_sample/02_generate.ipynb #9e68b5f4
+_BROKEN = ("the sampler", "lower guidance_scale or the strength of the adapter, or compute in float32")
+
+
 @torch.no_grad()
 def draw_latents(
     model: Callable,  # model(x, sigma) -> x0_hat
@@ -73,6 +76,7 @@ def draw_latents(
     source = noise_source(sampler, shape, generators, sigmas, device, x.dtype)
     more = {} if eta is None else dict(eta=eta)
     x = sampler.run(model, x, sigmas, noise_sampler=source, callback=callback, **more)
+    check_finite({f"picture {i} of the batch": z for i, z in enumerate(x)}, *_BROKEN, FloatingPointError)
     return x / (1 + float(sigmas[-1]) ** 2) ** 0.5
 
 # %% ../../nbs/06_sample/02_generate.ipynb #d8799f38

@@ -7,7 +7,7 @@ __all__ = ['CHECKPOINT', 'add_gradients', 'draw_batch', 'advance', 'stoppable', 
            'loop', 'check_target', 'alone_in', 'begin', 'finish', 'plain_objective', 'carry_out', 'train',
            'take_mirrored', 'take_init', 'place_files']
 
-# %% ../../nbs/05_train/03_loop.ipynb #e5f71258
+# %% ../../nbs/05_train/03_loop.ipynb #a4ea6723
 import json, math, signal, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,8 +22,8 @@ from ..core import path_of, seed_of, taken, write_atomic
 from ..processes import interruptible, locked
 from ..models.base import Base, encode_text, same_sizes
 from ..noise.objective import Objective
-from .checkpoint import Run, add_up, any_of, check_same, describe, digest, digest_of
-from .checkpoint import fill, flush, history
+from .checkpoint import Run, add_up, any_of, check_same, check_weights, describe
+from .checkpoint import digest, digest_of, fill, flush, history
 from .checkpoint import pack_run, read_checkpoint, restore, start
 from .step import TrainConfig, arithmetic, check_pair, check_training, draw_step, evaluate
 from .step import lr_at, repeatable, step_loss
@@ -263,11 +263,13 @@ def begin(
     if t.watch.on_sample and run.config.sample_every:
         t.watch.on_sample(0, run.base)
 
-# %% ../../nbs/05_train/03_loop.ipynb #2d0ffa71
+# %% ../../nbs/05_train/03_loop.ipynb #2f2c4244
 def finish(
     t: Training,  # after its last step
 ):
-    "Turn the average into the adapter, and write it."
+    "Turn the average into the adapter, look at every number once more, and write it."
+    flush(t.run)
+    check_weights(t.run)
     for p, v in zip(t.run.params.values(), t.run.average.values):
         p.data.copy_(v)
     for m in lora_layers(t.run.base.unet).values():

@@ -7,13 +7,13 @@ __all__ = ['RANGES', 'CHOICES', 'LEVELS', 'AdapterConfig', 'TrainConfig', 'check
            'batch_indices', 'Draw', 'draw_step', 'step_loss', 'loss_at', 'fixed_loss', 'evaluate', 'Average',
            'arithmetic', 'repeatable', 'check_pair', 'check_training', 'check_objective']
 
-# %% ../../nbs/05_train/01_step.ipynb #078ec24c
+# %% ../../nbs/05_train/01_step.ipynb #daeaa66f
 import difflib, math
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 import torch
 from ..models.base import Base, predict_unet, check_context
-from ..core import generator, pick_dtype, randn_each
+from ..core import check_finite, generator, pick_dtype, randn_each
 from ..adapters.keys import networks_of
 from ..adapters.lora import find_targets, lora_layers
 from ..noise.objective import Objective, diffusion_loss, sample_t, training_target
@@ -313,7 +313,7 @@ def repeatable():
         cudnn.deterministic, cudnn.benchmark = flags
         torch.use_deterministic_algorithms(before)
 
-# %% ../../nbs/05_train/01_step.ipynb #ef7a48e4
+# %% ../../nbs/05_train/01_step.ipynb #83c696a4
 def check_pair(
     base: Base,  # the model
     latents: torch.Tensor,  # clean latents (n,c,h,w)
@@ -329,8 +329,7 @@ def check_pair(
     if len(contexts) != n:
         shape = tuple(contexts.shape)
         raise ValueError(f"{name} contexts have shape {shape}, not ({n},L,d): one per latent")
-    if not (torch.isfinite(latents).all() and torch.isfinite(contexts).all()):
-        raise ValueError(f"{name} data hold nan or infinity; compute the latents again, in float32")
+    check_finite(dict(latents=latents, contexts=contexts), f"{name} data", "compute them again, in float32")
 
 # %% ../../nbs/05_train/01_step.ipynb #74528eb6
 def check_training(

@@ -198,3 +198,27 @@ def test_bad_parameters_stop_before_any_work(changes, part, tmp_path):
     with pytest.raises(ValueError) as e:
         training(tmp_path, steps.append, **changes)
     assert part in str(e.value) and not steps and not list(tmp_path.iterdir())
+
+
+def test_the_last_update_may_be_the_one_that_breaks(tmp_path, monkeypatch):
+    "All losses are fine, the weights after the last step are not: nothing is written, and the last checkpoint goes on."
+    from stylelora.train import loop
+
+    real = loop.advance
+
+    def advance(run, *args):
+        row = real(run, *args)
+        if run.step == STEPS:
+            next(iter(run.params.values())).data.view(-1)[0] = float("nan")
+        return row
+
+    monkeypatch.setattr(loop, "advance", advance)
+    with pytest.raises(
+        FloatingPointError, match="adapter after step 12: 1 of .*nothing is written; lower lr"
+    ):
+        training(tmp_path, save_every=5)
+    assert not (tmp_path / ADAPTER).exists()
+    monkeypatch.undo()
+    steps = []
+    training(tmp_path, lambda row: steps.append(row["step"]), save_every=5)
+    assert steps == [11, 12] and (tmp_path / ADAPTER).exists()
