@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['read_checked', 'encode_pictures', 'places_of', 'clear', 'Trained', 'train_folder']
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #c4f67978
+# %% ../../nbs/05_train/04_from_folder.ipynb #f0c76e84
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-import torch
 from ..adapters.files import target_of
 from ..data.folder import LatentCache, Pictures, add_problems, hold_out, read_folder
 from ..data.prepare import SIDES, mirror
