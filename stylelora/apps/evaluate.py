@@ -39,7 +39,7 @@ def read_style(
     "Read the folder and choose the prompts."
     from stylelora.data.folder import load_images
 
-    found = load_images(asked.data, base.size, False, asked.template, asked.style, base)
+    found = load_images(asked.data, base.size, template=asked.template, style=asked.style, base=base)
     if len(found.images) < 2:
         raise ValueError(f"{asked.data} holds {len(found.images)} picture; a style needs two to compare")
     prompts = list(asked.prompt) or list(dict.fromkeys(found.captions))[: asked.n]

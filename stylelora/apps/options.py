@@ -120,13 +120,14 @@ def flat(
     command.__annotations__ = {p.name: p.annotation for p in own}
     return command
 
-# %% ../../nbs/11_apps/02_options.ipynb #d3362021
+# %% ../../nbs/11_apps/02_options.ipynb #332b931e
 def finite(
-    value: float,  # of an option; None if it was left out
-) -> float:  # the same
+    value: float | list | None,  # of an option; a list if it may be repeated, None if it was left out
+) -> float | list | None:  # the same
     "Refuse numbers that are not finite."
-    if value is not None and not isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number")
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if number is not None and not isfinite(number):
+            raise typer.BadParameter(f"{number} is not a finite number")
     return value
 
 

@@ -6,7 +6,7 @@
 __all__ = ['TARGET_NAMES', 'SAMPLING_NAMES', 'WEIGHTING_NAMES', 'from_file', 'Files', 'Captions', 'Optimisation', 'Watching',
            'Noise', 'given_of', 'config_of', 'open_tracker', 'Session', 'watcher_of', 'check_watching', 'run_train']
 
-# %% ../../nbs/11_apps/04_train.ipynb #9f14914d
+# %% ../../nbs/11_apps/04_train.ipynb #9c45dc0f
 "`stylelora train`: from a folder of pictures to an adapter, watched on the way."
 import difflib
 import shlex
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from tqdm import tqdm
 from typer import Argument, Option
 
 from .sample import Model, load_model
@@ -232,7 +233,7 @@ class Session:
         card, _ = report_card(base, self.pictures.images, prompts, judges, (1.0,), (0,), **self.settings)
         return overall(card)
 
-# %% ../../nbs/11_apps/04_train.ipynb #2c834403
+# %% ../../nbs/11_apps/04_train.ipynb #8215c482
 def watcher_of(
     s: Session,  # what is known
     config: object,  # TrainConfig
@@ -250,7 +251,7 @@ def watcher_of(
         if w.report_to
         else None
     )
-    watcher = Watcher(s.folder, wanted, s.judge if w.pick == "score" else None, log)
+    watcher = Watcher(s.folder, wanted, s.judge if w.pick == "score" else None, log, tqdm.write)
     return watcher, replace(config, sample_every=visits_every(wanted, config.val_every))
 
 # %% ../../nbs/11_apps/04_train.ipynb #d80987cf

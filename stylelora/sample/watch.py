@@ -23,8 +23,8 @@ from ..core import write_atomic
 from ..models.base import Base
 from .generate import generate, write_grid
 
-# %% ../../nbs/06_sample/03_watch.ipynb #6c5b8133
-PICKS = ("last", "best", "score")  # the last adapter, the lowest held-out loss, or the highest score
+# %% ../../nbs/06_sample/03_watch.ipynb #f69efa1c
+PICKS = dict(last="date", best="held-out loss", score="style and content")  # name -> what decides
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def take_up(
         said = read_adapter(file).manifest
         w.best, w.best_step = said["value"], said["step"]
 
-# %% ../../nbs/06_sample/03_watch.ipynb #7e260dce
+# %% ../../nbs/06_sample/03_watch.ipynb #e16b01be
 def choose(
     w: Watcher,  # at the end
     base: Base,  # with the last adapter; gets the chosen one
@@ -185,7 +185,7 @@ def choose(
     if w.wanted.pick == "last" or w.best_step is None:
         return {}
     load_state(base.unet, read_adapter(w.folder / BEST).state)
-    w.say(f"taking the adapter of step {w.best_step}, the best by {w.wanted.pick}")
+    w.say(f"taking the adapter of step {w.best_step}, the best by {PICKS[w.wanted.pick]}")
     return dict(picked_step=w.best_step, picked_by=w.wanted.pick)
 
 # %% ../../nbs/06_sample/03_watch.ipynb #5d5973ac
