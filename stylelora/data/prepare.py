@@ -6,7 +6,7 @@
 __all__ = ['LANDMARK', 'SIDES', 'ODD', 'load_kohya', 'join_columns', 'write_captions', 'mirror', 'picture_hash', 'hash_distance',
            'odd_caption', 'survey', 'contact_sheet', 'load_blip', 'blip_captions']
 
-# %% ../../nbs/04_data/04_prepare.ipynb #a4077919
+# %% ../../nbs/04_data/04_prepare.ipynb #7c58df79
 import contextlib, re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..models.tiny import quiet
 from ..core import generator, write_atomic
 from .captions import fields_in, fields_of, file_in, fill, list_images, read_captions
 from .captions import read_rows, text_in
-from .folder import Pictures, problem_table, read_image, square
+from .folder import Pictures, check_others, problem_table, read_image, square
 from ..pictures import open_image
 from ..plots import image_grid
 
@@ -167,7 +167,7 @@ def _twins(table, bits):
             twins[seen[i]] = f"{what} {table.file[seen[j]]}"
     return twins
 
-# %% ../../nbs/04_data/04_prepare.ipynb #398bb9a2
+# %% ../../nbs/04_data/04_prepare.ipynb #0ce1137c
 def survey(
     folder: str | Path,  # folder with pictures and captions
     size: int = 512,  # side of the training pictures in pixels
@@ -187,9 +187,22 @@ def survey(
     limit = tokenizer.model_max_length if tokenizer else np.inf
     twins = _twins(table, bits)
     table["problems"] = [_problems(r, limit, twins.get(r.Index, "")) for r in table.itertuples()]
-    return table[["file", "width", "height", "aspect", "tokens", "caption", "problems"]]
+    table = table[["file", "width", "height", "aspect", "tokens", "caption", "problems"]]
+    return pd.concat([table, *_unread(folder)], ignore_index=True)
 
-# %% ../../nbs/04_data/04_prepare.ipynb #bdf03ced
+# %% ../../nbs/04_data/04_prepare.ipynb #ea24004b
+def _unread(folder):
+    "Make a table of what nobody reads, like that of the survey; nothing if there is nothing."
+    folder = Path(folder).expanduser()
+    rows = [
+        (f.relative_to(folder), problem) for f, level, problem, _ in check_others(folder) if level != "note"
+    ]
+    rows = [
+        dict(file=str(f), width=0, height=0, tokens=0, caption="", problems=problem) for f, problem in rows
+    ]
+    return [pd.DataFrame(rows)] if rows else []
+
+
 def _problems(row, limit, twin):
     "Join everything that is wrong with one picture."
     too_long = f"{row.tokens} tokens, {limit} are read" if row.tokens > limit else ""
