@@ -20,6 +20,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 WIDGET = "application/vnd.jupyter.widget-view+json"  # needs a kernel; a page would say "Loading widget…"
 INLINE = "module://matplotlib_inline.backend_inline"  # with any other backend a kernel draws figures and stores none
@@ -65,7 +66,7 @@ def palette_png(png, colours=(32, 64, 128, 256), error=1.0):
     Nobody notices a mean error below one level of 255 in each channel. `MAXCOVERAGE` keeps rare colours, a thin line's,
     and white stays white (`FASTOCTREE` makes it 254). Pictures of few colours and those with transparency stay as they are.
     """
-    page = Image.open(io.BytesIO(base64.b64decode(png)))
+    page = PngImageFile(io.BytesIO(base64.b64decode(png)))
     few = page.mode == "P" and len(page.getcolors()) <= colours[0]
     if few or page.convert("RGBA").getextrema()[3][0] < 255:
         return png

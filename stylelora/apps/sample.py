@@ -171,7 +171,7 @@ def warn_of_words(
 
     call = read_lora(worn[0][0])[1].get("call") if worn else None
     for text in check_prompts(base, prompts, [negative], call):
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {text}")
 
 # %% ../../nbs/11_apps/03_sample.ipynb #fb9bcad7
 def run_sample(

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..adapters.files import read_adapter
 from ..core import assets, hash_files, human_bytes, write_atomic
+from ..pictures import open_image
 from ..plots import axes, setup_style
 
 # %% ../../nbs/10_report/04_card.ipynb #b7447a56
@@ -97,7 +98,7 @@ def progress_of(
 ) -> list:  # (step, data URI)
     "Collect the progress pictures of a training."
     files = sorted(Path(folder).glob("samples/step-*.png"))
-    return [(int(f.stem.split("-")[1]), as_uri(Image.open(f))) for f in files]
+    return [(int(f.stem.split("-")[1]), as_uri(open_image(f)[0])) for f in files]
 
 # %% ../../nbs/10_report/04_card.ipynb #62d2a0d9
 def write_page(

@@ -199,7 +199,11 @@ def start_study(params, folder):
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     study = subprocess.Popen(
-        [sys.executable, "-c", STUDY, str(params), str(folder)], env=env, cwd=ROOT, **pipes
+        [sys.executable, "-c", STUDY, str(params), str(folder)],
+        env=env,
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        **pipes,
     )
     wait_for(lambda: study.poll() is not None or len(list(folder.glob(".*.partial/state.json"))) == 2)
     return study, psutil.Process(study.pid).children(recursive=True)
