@@ -329,11 +329,12 @@ def _write_page(s, done):  # Session, Trained
 
     write_atomic(s.folder / "history.csv", done.history.to_csv(index=False).encode())
     call = f"stylelora sample {shlex.quote(done.pictures.call['example'])} --lora {done.file}"
-    print(f"call it as in: {call}")
     try:
         from stylelora.report.card import write_page
 
         page = write_page(s.folder / "report.html", done.file, done.pictures, done.history, s.folder, call)
     except ImportError as e:
-        return print(f"no page: {e}")
-    print(f"{page}: how it went")
+        print(f"no page: {e}")
+    else:
+        print(f"{page}: how it went")
+    print(f"call it as in: {call}")
