@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLER_NAMES', 'TARGET_NAMES', 'SAMPLING_NAMES', 'WEIGHTING_NAMES', 'ABOUT', 'COMMANDS', 'UsageError', 'Model',
            'Adapter', 'Denoising', 'Start', 'Pictures', 'settings_of', 'run_sample', 'load_model', 'Files', 'Captions',
-           'Optimisation', 'Noise', 'config_of', 'run_train', 'run_study', 'run_report', 'dashes', 'make_app', 'main']
+           'Optimisation', 'Noise', 'config_of', 'run_train', 'shows_site', 'run_study', 'run_report', 'dashes',
+           'make_app', 'main']
 
 # %% ../../nbs/11_apps/03_cli.ipynb #72cfe9a2
 import sys
@@ -91,7 +92,7 @@ def settings_of(
     kind_of(pictures.out)
     return settings
 
-# %% ../../nbs/11_apps/03_cli.ipynb #7a71990f
+# %% ../../nbs/11_apps/03_cli.ipynb #370b0f7e
 def run_sample(
     prompt: Annotated[list[str], Argument(help="What to draw; several prompts make several rows.")],
     pictures: Pictures,  # how many, how large, and where they go
@@ -206,7 +207,7 @@ class Noise:
         bool, Option("--timestep-remapping", help="Tell the base its own timestep of equal noise.")
     ] = False
 
-# %% ../../nbs/11_apps/03_cli.ipynb #86553b1d
+# %% ../../nbs/11_apps/03_cli.ipynb #e499eee9
 def config_of(
     o: Optimisation,  # options of `train`
 ):  # TrainConfig
@@ -219,7 +220,10 @@ def config_of(
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"--set {word}: write it as name=value")
-        given[name] = yaml.safe_load(value)
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {word}: {value!r} is no value of YAML") from None
     return make_config(**given)
 
 # %% ../../nbs/11_apps/03_cli.ipynb #59049afe
@@ -275,7 +279,20 @@ def run_train(
     done = train_folder(base, folder, files.out, config, _objective_of(noise, base), **how)
     print(f"{done.file} after {config.train_steps} steps, last loss {done.history.loss.iloc[-1]:.4f}")
 
-# %% ../../nbs/11_apps/03_cli.ipynb #3cacc2e1
+# %% ../../nbs/11_apps/03_cli.ipynb #c41d5c24
+def shows_site(
+    profile: str,  # name or file
+) -> bool:  # True if its results are those of the pages
+    "Tell whether the site follows a profile; its folder is refused now, and not after hours."
+    from stylelora.report.site import site_folder
+    from stylelora.study.plan import read_profile
+
+    published = read_profile(profile)["out"] == "reports"
+    if published:
+        site_folder()
+    return published
+
+# %% ../../nbs/11_apps/03_cli.ipynb #b36cec7f
 def run_study(
     profile: Annotated[str, Option(help="study, smoke, full, sd15, or your own file.")] = "study",
     jobs: Annotated[int, Option(min=1, help="Runs at a time; each gets its share of the cores.")] = 1,
@@ -288,19 +305,18 @@ def run_study(
     A profile is a file in reports/params: study takes minutes, full hours,
     sd15 (Stable Diffusion) a day. Complete runs are skipped and interrupted
     ones resumed, so the command can be repeated."""
-    from stylelora.study.runs import run_batch
-    from stylelora.study.workers import run_parallel
-    from stylelora.study import study
+    from stylelora.study import runs, study, workers
 
-    many = partial(run_parallel, jobs=jobs) if jobs > 1 else run_batch
+    shown = not (dry_run or no_report) and shows_site(profile)
+    many = partial(workers.run_parallel, jobs=jobs) if jobs > 1 else runs.run_batch
     try:
         done = study.run_study(profile, dry=dry_run, force=force, batch=many)
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt(str(e) or "stopped; the same command goes on from here") from None
-    failed = (done.status == "failed").any()
-    if not (failed or dry_run or no_report or profile == "smoke"):
+    if (done.status == "failed").any():
+        return 1
+    if shown:
         run_report()
-    return int(failed)
 
 # %% ../../nbs/11_apps/03_cli.ipynb #c97baa66
 def run_report(
