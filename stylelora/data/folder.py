@@ -8,7 +8,7 @@ __all__ = ['EXTENSIONS', 'UNREAD', 'NO_CAPTION', 'LEVELS', 'list_files', 'list_i
            'check_texts', 'Pictures', 'read_folder', 'problem_table', 'load_images', 'data_hash', 'hold_out', 'cached',
            'LatentCache']
 
-# %% ../../nbs/04_data/01_folder.ipynb #39d945d9
+# %% ../../nbs/04_data/01_folder.ipynb #35d458d1
 import csv, json, re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +17,9 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from ..models.base import Base, count_tokens, encode_image, encode_text
-from ..core import generator, sha256_bytes, write_atomic
+from ..core import generator, path_of, sha256_bytes, write_atomic
+from ..sealed import seal, unseal
 
 # %% ../../nbs/04_data/01_folder.ipynb #ff900517
 # What is taken for a picture.
@@ -330,7 +329,7 @@ def hold_out(
     order = torch.randperm(n, generator=generator("hold out", seed, n)).tolist()
     return sorted(order[n_val:]), sorted(order[:n_val])
 
-# %% ../../nbs/04_data/01_folder.ipynb #d094fbcf
+# %% ../../nbs/04_data/01_folder.ipynb #55f34b84
 def cached(
     folder: str | Path | None,  # folder of the cache, or None
     name: str,  # what decides the content
@@ -339,13 +338,13 @@ def cached(
     "Read a tensor from the cache, or compute and keep it."
     if folder is None:
         return compute().cpu().contiguous()
-    file = Path(folder).expanduser() / f"{sha256_bytes(name)[:40]}.safetensors"
+    file = path_of(folder) / f"{sha256_bytes(name)[:40]}.safetensors"
     try:
-        return load_file(file)["x"]
-    except (FileNotFoundError, SafetensorError):
-        pass  # not there yet, or damaged
+        return unseal(file)[0]["x"]
+    except (FileNotFoundError, ValueError):
+        pass  # not there yet, damaged, or kept by an earlier version without a checksum
     x = compute().cpu().contiguous()
-    write_atomic(file, save({"x": x}))
+    write_atomic(file, seal({"x": x}, {}))
     return x
 
 # %% ../../nbs/04_data/01_folder.ipynb #40a4e7b5
