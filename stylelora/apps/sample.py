@@ -87,7 +87,7 @@ def fetch_adapter(
         ) from None
     return found / file[0] if file else found
 
-# %% ../../nbs/11_apps/03_sample.ipynb #fa9cefbb
+# %% ../../nbs/11_apps/03_sample.ipynb #f5a5e338
 @dataclass
 class Denoising:
     "From noise to picture."
@@ -96,9 +96,11 @@ class Denoising:
     num_inference_steps: Annotated[int, Option(help="Steps of the sampler.")] = 50
     timestep_spacing: Annotated[str, Option(help="Which noise levels: leading, trailing, karras, …")] = None
     eta: Annotated[float, share(help="Share of fresh noise, if a sampler takes any.")] = None
-    guidance_scale: Annotated[float, number(help="How strictly the prompt is followed; 1: not at all.")] = 7.5
+    guidance_scale: Annotated[float, number(help="How strictly to follow the prompt; 1: no guidance.")] = 7.5
     guidance_rescale: Annotated[float, share(help="Share of its contrast to take back.")] = 0.0
     negative_prompt: Annotated[str, Option(help="Prompt to be guided away from.")] = ""
+    prompt_2: Annotated[str, Option(help="What SDXL's second text encoder reads instead.")] = None
+    negative_prompt_2: Annotated[str, Option(help="What it is guided away from instead.")] = None
     mixed_precision: Annotated[str, Option(help="float32, bfloat16, float16, or auto.")] = "float32"
 
 # %% ../../nbs/11_apps/03_sample.ipynb #3cae9512
@@ -158,7 +160,7 @@ def check_notation(
         if found := re.search(r"\([^()]+:\s*[\d.]+\)", prompt):
             print(f"note: {found[0]} has no meaning here, it is read as plain words", file=sys.stderr)
 
-# %% ../../nbs/11_apps/03_sample.ipynb #8a7d0f33
+# %% ../../nbs/11_apps/03_sample.ipynb #912a8fab
 def warn_of_words(
     base: object,  # Base
     prompts: list,  # texts
@@ -173,7 +175,7 @@ def warn_of_words(
     for text in check_prompts(base, prompts, [negative], call):
         print(f"warning: {text}")
 
-# %% ../../nbs/11_apps/03_sample.ipynb #fb9bcad7
+# %% ../../nbs/11_apps/03_sample.ipynb #26d2a785
 def run_sample(
     prompt: Annotated[list[str], Argument(help="What to draw; several prompts make several rows.")],
     pictures: Pictures,  # how many, how large, and where they go
@@ -198,7 +200,7 @@ def run_sample(
     base = load_model(model)
     warn_of_words(base, prompt, settings.negative_prompt, worn)
     wear(base, worn, adapter.lora_scale)
-    _draw(base, prompt, pictures, settings, image, worn)
+    _draw(base, prompt, pictures, settings, image, [(file, w * adapter.lora_scale) for file, w in worn])
 
 # %% ../../nbs/11_apps/03_sample.ipynb #cc2cc285
 def load_model(
