@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'HELP', 'PREVIEWS', 'GROUPS', 'figure', 'need_widgets', 'make_controls', 'still', 'Panel', 'open_demo']
 
-# %% ../../nbs/11_apps/08_panel.ipynb #c5e4f75e
+# %% ../../nbs/11_apps/08_panel.ipynb #c0007f97
 import html, io, re, secrets, threading
 from base64 import b64encode
 from collections import deque
@@ -18,6 +18,7 @@ from ..core import human_time
 from .demo import DemoSettings, Stopped, as_code, as_command, describe, draw
 from .demo import find_adapters, find_truth, fit_image, look_at, read_prompt, train_demo
 from ..data.grid import load_grid, make_caption, tidy
+from ..models.defaults import defaults_of
 from ..models.load import load_base
 from ..sample.samplers import SAMPLERS
 
@@ -86,7 +87,7 @@ HELP = dict(  # control -> its label, and what it does
     stop=("Stop", "Stop here; the last preview stays"),
 )
 
-# %% ../../nbs/11_apps/08_panel.ipynb #44dd7465
+# %% ../../nbs/11_apps/08_panel.ipynb #8ee124d4
 PREVIEWS = (("every step", 1), ("every 2nd step", 2), ("every 5th step", 5), ("never", 0))
 
 
@@ -96,23 +97,25 @@ def _control(kind, name, width="360px", **more):  # class of ipywidgets; name in
     return kind(description=label, tooltip=tip, layout=dict(width=width), style=style, **more)
 
 
-def _sliders(w):  # the module ipywidgets
+def _sliders(w, how):  # the module ipywidgets; settings that suit the base
     def slide(name, low, high, value, step=0.05, kind=w.FloatSlider):
         return _control(kind, name, min=low, max=high, value=value, step=step, continuous_update=False)
 
+    steps = how["num_inference_steps"]
     return dict(
         lora_scale=slide("lora_scale", 0, 2, 1),
         blend=slide("blend", 0, 1, 0.5),
-        guidance_scale=slide("guidance_scale", 1, 15, 4, 0.5),
-        num_inference_steps=slide("num_inference_steps", 1, 100, 20, 1, w.IntSlider),
+        guidance_scale=slide("guidance_scale", 1, 15, how["guidance_scale"], 0.5),
+        num_inference_steps=slide("num_inference_steps", 1, 100, steps, 1, w.IntSlider),
         strength=slide("strength", 0.05, 1, 0.6),
     )
 
-# %% ../../nbs/11_apps/08_panel.ipynb #e62e412b
+# %% ../../nbs/11_apps/08_panel.ipynb #eb6878cb
 def make_controls(
     w: ModuleType,  # ipywidgets
     files: list,  # pairs of label and file
     things: list,  # what is offered to draw
+    how: dict,  # settings to begin with, see `stylelora.models.defaults`
 ) -> dict:  # name -> widget
     "Make the controls of a panel."
 
@@ -121,7 +124,7 @@ def make_controls(
 
     made = dict(
         thing=pick("thing", [("as the prompt says", ""), *((x, x) for x in sorted(things))]),
-        sampler=pick("sampler", list(SAMPLERS)),
+        sampler=pick("sampler", list(SAMPLERS), value=how["sampler"]),
         every=pick("every", PREVIEWS, value=2),
         seed=_control(w.BoundedIntText, "seed", "170px", max=2**31 - 1),
         upload=_control(w.FileUpload, "upload", "140px", accept=".png,.jpg,.jpeg,.webp"),
@@ -131,7 +134,7 @@ def make_controls(
     made |= {k: _control(w.Button, k, "90px") for k in ("forget", "fresh", "draw", "stop")}
     for k in ("keep", "auto"):
         made[k] = _control(w.Checkbox, k, "auto", value=k == "keep", indent=False)
-    return made | _sliders(w)
+    return made | _sliders(w, how)
 
 # %% ../../nbs/11_apps/08_panel.ipynb #beb54e95
 def _face(c):  # a control that is no box
@@ -167,13 +170,13 @@ def still(
     grey = "opacity:.45;" if getattr(widget, "disabled", False) else ""
     return f'<div style="{grey}font-size:13px">{_face(widget)}</div>'
 
-# %% ../../nbs/11_apps/08_panel.ipynb #085b65a3
+# %% ../../nbs/11_apps/08_panel.ipynb #e307f5a1
 class _Controls:
     def __init__(self, base, found, grid):  # a Base without adapters, a list of Found, a Grid
         self.w, self.base, self.grid, self.found = need_widgets(), base, grid, {str(a.path): a for a in found}
         self.image, self.busy, self.status, self.thumb = None, False, self.w.HTML(), self.w.HTML()
         files = [(a.label, f) for f, a in self.found.items()]
-        self.controls = make_controls(self.w, files, grid.concepts("test"))
+        self.controls = make_controls(self.w, files, grid.concepts("test"), defaults_of(base).sample)
 
     def files(self):
         "List the chosen adapter files."

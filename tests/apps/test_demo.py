@@ -24,6 +24,7 @@ from stylelora.apps.demo import DemoSettings, draw, fit_image
 from stylelora.apps.panel import HELP
 from stylelora.core import generator
 from stylelora.models.base import tiny_base
+from stylelora.models.defaults import SMALL
 from stylelora.models.load import load_base
 from stylelora.sample.samplers import SAMPLERS
 from tests.fixtures import chromium
@@ -108,7 +109,8 @@ def test_the_text_names_only_controls_that_exist():
 
 def test_draw_draws_what_the_controls_say(panel):
     assert 'role="status"' in press(panel, num_inference_steps=4, thing="clown face")
-    want = DemoSettings("noto emoji of clown face", num_inference_steps=4, blend=0.5)
+    how = SMALL.sample | dict(num_inference_steps=4)
+    want = DemoSettings("noto emoji of clown face", blend=0.5, **how)
     assert panel.drawn[0].settings == want
     assert (
         panel.drawn[0].image == draw(tiny_base(), want).image
@@ -365,14 +367,14 @@ def test_the_panel_opens_in_jupyterlab(page):
 
 def test_draw_shows_the_picture_that_the_library_draws(page, adapted):
     seen = page.draw()
-    want = draw(adapted[0], DemoSettings("noto emoji of taxi")).image
+    want = draw(adapted[0], DemoSettings("noto emoji of taxi", **SMALL.sample)).image
     assert (
         np.abs(pixels(seen["live"], adapted[0].size) - want).max() <= 2
     )  # another process, perhaps other threads
     assert (
         seen["gallery"] == 1
         and "network evaluations" in seen["said"]
-        and "'noto emoji of taxi', 0, 'ddim', 20" in seen["code"]
+        and "'noto emoji of taxi', 0, 'euler_ancestral', 50" in seen["code"]
     )
     page.shot("drawn")
 
