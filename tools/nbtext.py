@@ -65,7 +65,9 @@ def palette_png(png, colours=(32, 64, 128, 256), error=1.0):
     Nobody notices a mean error below one level of 255 in each channel. `MAXCOVERAGE` keeps rare colours, a thin line's,
     and white stays white (`FASTOCTREE` makes it 254). Pictures of few colours and those with transparency stay as they are.
     """
-    page = Image.open(io.BytesIO(base64.b64decode(png)))
+    from stylelora.pictures import open_picture
+
+    page, _ = open_picture(io.BytesIO(base64.b64decode(png)))
     few = page.mode == "P" and len(page.getcolors()) <= colours[0]
     if few or page.convert("RGBA").getextrema()[3][0] < 255:
         return png

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_uri', 'loss_curve', 'fill_page', 'as_rows', 'adapter_facts', 'progress_of', 'write_page']
 
-# %% ../../nbs/10_report/04_card.ipynb #67faaf8f
+# %% ../../nbs/10_report/04_card.ipynb #a6505e67
 "One HTML file beside an adapter: what it was trained on, how it went, what it draws, and how to call it."
 
 import base64
@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..adapters.files import read_adapter
 from ..core import assets, hash_files, human_bytes, write_atomic
+from ..pictures import open_image
 from ..plots import axes, setup_style
 
 # %% ../../nbs/10_report/04_card.ipynb #b7447a56
@@ -80,7 +81,7 @@ def as_rows(
         rows.append([_shown(value, digits) for value in row])
     return list(table.columns), rows
 
-# %% ../../nbs/10_report/04_card.ipynb #aebf7242
+# %% ../../nbs/10_report/04_card.ipynb #1bf4edc0
 def adapter_facts(
     file: str | Path,  # of an adapter
 ) -> pd.DataFrame:  # columns what, value
@@ -97,7 +98,7 @@ def progress_of(
 ) -> list:  # (step, data URI)
     "Collect the progress pictures of a training."
     files = sorted(Path(folder).glob("samples/step-*.png"))
-    return [(int(f.stem.split("-")[1]), as_uri(Image.open(f))) for f in files]
+    return [(int(f.stem.split("-")[1]), as_uri(open_image(f)[0])) for f in files]
 
 # %% ../../nbs/10_report/04_card.ipynb #62d2a0d9
 def write_page(
