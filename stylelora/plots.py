@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'STYLE_PALETTE', 'LOOK', 'colour', 'setup_style', 'axes', 'to_rgb', 'canvas', 'image_grid', 'curve', 'band',
            'reference', 'scatter_ci', 'forest', 'radar', 'shorter_svg', 'save_figure']
 
-# %% ../nbs/00_tools/02_plots.ipynb #05fcfd1d
+# %% ../nbs/00_tools/02_plots.ipynb #21341d9b
 import io, re
 from collections.abc import Sequence
 from pathlib import Path
@@ -271,12 +271,25 @@ def radar(
     ax.set_yticks([0.25, 0.5, 0.75, 1], ["", "half", "", "ceiling"], fontsize="x-small", color=".5")
     return ax
 
-# %% ../nbs/00_tools/02_plots.ipynb #0b20b1e0
+# %% ../nbs/00_tools/02_plots.ipynb #59f915a8
+def _one_font(svg):
+    "Name the font once, at the top, where every text repeats it."
+    fonts = re.findall(rb"font-family: ?([^;\"]*)", svg)
+    same = len(set(fonts)) == 1 and b"<svg " in svg
+    if not same or b"font-family=" in svg:
+        return svg
+    svg = re.sub(rb"; ?font-family: ?[^;\"]*|font-family: ?[^;\"]*; ?", b"", svg)
+    return svg.replace(b"<svg ", b'<svg font-family="' + fonts[0] + b'" ', 1)
+
+# %% ../nbs/00_tools/02_plots.ipynb #6fb1548c
 def shorter_svg(
     svg: bytes,  # an SVG by matplotlib
 ) -> bytes:  # the same drawing
-    "Leave out what nobody sees: the third digit, blanks between tags, notes about the program."
+    "Leave out what nobody sees: third digits, blanks, notes of the program, names of parts."
     svg = re.sub(rb"<metadata>.*?</metadata>", b"", svg, flags=re.S)
+    svg = re.sub(rb' transform="rotate\(-?0 [^"]*\)"', b"", svg)  # no turn at all
+    svg = re.sub(rb' id="[A-Za-z0-9.]+_\d+"', b"", svg)  # patch_1, text_7: nobody refers to them
+    svg = _one_font(svg)
 
     def tag(m):
         less = m[0].replace(b" \n", b"").replace(b"; ", b";").replace(b": ", b":")

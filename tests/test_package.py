@@ -1,15 +1,23 @@
 """What travels: the assets in the wheel, sizes in the tree, and nothing of anybody's machine or registry."""
 
+import base64
 import configparser
+import io
 import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import nbtext  # noqa: E402
+
 MB = 2**20  # bytes: the unit of the 64 MiB that a checkout may have to travel to a machine with a GPU
 TEXT = {
     ".py",
@@ -241,3 +249,57 @@ def test_the_list_of_rooms_is_that_of_the_notebooks():
         [sys.executable, "tools/rooms.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def _png(a):
+    Image.fromarray(a).save(out := io.BytesIO(), "PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def _pixels(png):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA"), float)
+
+
+def _page():
+    "Draw rings of some hundred colours on white, and a spot of a colour that is nowhere else."
+    y, x = np.mgrid[-30:30, -45:45]
+    r = np.hypot(y, x) / 9
+    page = np.full((100, 130, 3), 255, np.uint8)
+    page[20:80, 20:110] = 127 + 60 * np.stack([np.sin(r), np.cos(r), np.sin(r / 2)], -1)
+    page[10:12, 30:34] = 255, 0, 0
+    return page
+
+
+def test_a_stored_picture_gets_a_palette_only_where_nobody_notices():
+    page = _page()
+    small = nbtext.palette_png(_png(page))
+    got = _pixels(small)[..., :3]
+    assert Image.open(io.BytesIO(base64.b64decode(small))).mode == "P" and len(small) < len(_png(page))
+    assert abs(got - page).mean((0, 1)).max() < 1
+    assert (got[0, 0] == 255).all() and abs(got[11, 31] - [255, 0, 0]).max() < 8, (
+        "white and a rare colour stay"
+    )
+    assert nbtext.palette_png(small) == small, "done once, it stays"
+
+
+def test_noise_and_transparent_pictures_stay_as_they_are_until_they_are_heavy():
+    noise = np.random.default_rng(0).integers(0, 255, (60, 90, 3)).astype(np.uint8)
+    light, clear = _png(noise[:40, :60]), _png(np.dstack([_page(), _page()[..., 0]]))
+    assert nbtext.light_png(light) == light and nbtext.light_png(clear) == clear
+    small = nbtext.light_png(_png(noise))
+    assert len(_png(noise)) > nbtext.HEAVY and len(np.unique(_pixels(small).reshape(-1, 4), axis=0)) == 64
+
+
+def test_shrinking_a_notebook_touches_its_pictures_and_nothing_else(tmp_path):
+    path = tmp_path / "x.ipynb"
+    shown = [nbformat.v4.new_output("display_data", {"image/png": _png(_page()), "text/plain": "a figure"})]
+    cells = [nbformat.v4.new_markdown_cell("# T"), nbformat.v4.new_code_cell("1", outputs=shown)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    before = nbformat.read(path, 4)
+    assert nbtext.shrink(path) > 0
+    after = nbformat.read(path, 4)
+    one, two = (next(nbtext.pictures(nb)) for nb in (before, after))
+    gap = abs(_pixels(one.pop("image/png")) - _pixels(two.pop("image/png")))
+    assert before == after and gap.mean((0, 1)).max() < 1
+    stamp = path.read_bytes()
+    assert nbtext.shrink(path) == 0 and path.read_bytes() == stamp

@@ -317,7 +317,7 @@ def sections(cells):
 
 def rule_visible(path, raw, cells):
     "Every section with code shows something: whoever scrolls without reading code still learns what it does."
-    if kind_name(path) in ("experiments", "pretrain"):
+    if kind_name(path) == "experiments":  # they show what a run has found, and are stored without
         return
     for head, inside in sections(cells):
         code = [c for c in inside if c.is_code]

@@ -3,19 +3,31 @@
     python tools/nbtext.py text nbs/01_noise/01_schedule.ipynb > x.txt      # notebook to text
     python tools/nbtext.py make x.txt nbs/01_noise/01_schedule.ipynb        # text to notebook (keeps outputs of unchanged cells)
     python tools/nbtext.py run  nbs/01_noise/01_schedule.ipynb …            # execute in place and store the outputs
+    python tools/nbtext.py shrink nbs/01_noise/01_schedule.ipynb …          # stored pictures with a palette, nothing executed
 
 The text form: a line `# %%` opens a code cell, `# %% [markdown]` a markdown cell (raw markdown follows), and
 `# %% tags=parameters` a code cell with a tag. Cell ids are derived from the content, so they are stable.
 """
 
+import base64
 import hashlib
+import io
+import os
 import re
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 WIDGET = "application/vnd.jupyter.widget-view+json"  # needs a kernel; a page would say "Loading widget…"
+INLINE = "module://matplotlib_inline.backend_inline"  # with any other backend a kernel draws figures and stores none
+HEAVY, LIMIT = (
+    16_000,
+    40_000,
+)  # characters of a stored picture: above the first fewer colours, above the second fewer pixels
 KERNEL = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 
 
@@ -48,12 +60,72 @@ def from_text(text, old=None):
     return nb
 
 
+def palette_png(png, colours=(32, 64, 128, 256), error=1.0):
+    """Store a picture, the base64 text of a PNG, with the smallest palette that nobody notices.
+
+    Nobody notices a mean error below one level of 255 in each channel. `MAXCOVERAGE` keeps rare colours, a thin line's,
+    and white stays white (`FASTOCTREE` makes it 254). Pictures of few colours and those with transparency stay as they are.
+    """
+    page = PngImageFile(io.BytesIO(base64.b64decode(png)))
+    few = page.mode == "P" and len(page.getcolors()) <= colours[0]
+    if few or page.convert("RGBA").getextrema()[3][0] < 255:
+        return png
+    page = page.convert("RGB")
+    for n in colours:
+        small = page.quantize(n, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+        if abs(np.asarray(small.convert("RGB"), float) - np.asarray(page)).mean((0, 1)).max() < error:
+            small.save(out := io.BytesIO(), "PNG", optimize=True)
+            text = base64.b64encode(out.getvalue()).decode()
+            return text if len(text) < 0.95 * len(png) else png  # for less, git would keep both
+    return png
+
+
+def light_png(png):
+    "Store a picture with a palette; a heavy one with sixty-four colours, noticed or not."
+    small = palette_png(png)
+    return palette_png(small, (64,), 256) if len(small) > HEAVY else small
+
+
+def pictures(nb):
+    "Yield the stored data of each output that has a PNG."
+    for c in nb.cells:
+        for o in c.get("outputs", []):
+            if "image/png" in o.get("data", {}):
+                yield o["data"]
+
+
+def light_outputs(nb):
+    "Leave out of stored outputs what pages style by themselves, and what nobody sees beside something better."
+    for c in nb.cells:
+        for o in c.get("outputs", []):
+            if "image/png" in o.get("data", {}):
+                o["data"].pop("image/jpeg", None)  # Pillow's pictures come in both
+            html = o.get("data", {}).get("text/html", "")
+            if "<style scoped>" in html:
+                o["data"]["text/html"] = re.sub(r"<style scoped>.*?</style>\n?", "", html, flags=re.S)
+                o["data"]["text/plain"] = "a table"
+    return nb
+
+
+def shrink(path):
+    "Make the stored outputs of a notebook lighter: tables, and pictures by a palette; say how many characters that saves."
+    before = Path(path).read_text(encoding="utf-8")
+    text = nbformat.writes(light_outputs(nbformat.reads(before, 4))) + "\n"
+    for data in pictures(nbformat.reads(text, 4)):
+        png = data["image/png"].strip()
+        text = text.replace(png, light_png(png))
+    if text != before:
+        Path(path).write_text(text, encoding="utf-8")
+    return len(before) - len(text)
+
+
 def run(path, timeout=1800):
     from nbclient import NotebookClient
 
     from stylelora.study.study import lighter
 
     nb = nbformat.read(path, 4)
+    os.environ["MPLBACKEND"] = INLINE
     NotebookClient(
         nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}
     ).execute()
@@ -65,10 +137,11 @@ def run(path, timeout=1800):
         for o in c.get("outputs", []):
             if "execution_count" in o:
                 o["execution_count"] = None
-            if "image/png" in o.get("data", {}):
-                o["data"]["image/png"] = lighter(o["data"]["image/png"], 40_000, (64,))
+    for data in pictures(nb):
+        png = light_png(data["image/png"])
+        data["image/png"] = png if len(png) <= LIMIT else lighter(png, LIMIT, (64,))
     nb.metadata = nbformat.from_dict(KERNEL)
-    nbformat.write(nb, path)
+    nbformat.write(light_outputs(nb), path)
 
 
 if __name__ == "__main__":
@@ -83,5 +156,8 @@ if __name__ == "__main__":
         for a in args:
             run(a)
             print("ran", a)
+    elif cmd == "shrink":
+        for a in args:
+            print(f"{a}: {shrink(a)} characters less")
     else:
         print(__doc__)

@@ -27,11 +27,11 @@ W=${WORK:-$(mktemp -d)}; S=$W/store
 run() { local nb=$1; shift; echo "== $nb $(date +%T)"
   $PY tools/pretrain.py "$PWD/nbs/pretrain/$nb.ipynb" plain=1 budget=second size=$SIZE store="$S" device=$DEVICE threads=0 "$@"; }
 echo "== store $(date +%T)"; $PY tools/pretrain_render.py "$S" "$ART" size=$SIZE jobs=$JOBS most=$MOST
-run 06_autoencoder seconds=$AE batch=$((BATCH < 256 ? BATCH : 256)) lr=1e-3 folder="$W/ae" save_to="$W/vae"
+run 06_autoencoder anchor_from= seconds=$AE batch=$((BATCH < 256 ? BATCH : 256)) lr=1e-3 folder="$W/ae" save_to="$W/vae"
 run 07_clip seconds=$CLIP concepts_per_batch=$PAIRS folder="$W/clip_run" save_to="$W/scorer_clip"
 run 08_evaluator seconds=$EVAL folder="$W/evaluator_run" save_to="$W/evaluator"
 run 09_styles seconds=$STYLES folder="$W/styles_run" save_to="$W/styles"
-run 10_unet seconds=$UNET "channels=$WIDTH" batch=$BATCH copies=$COPIES lr=1e-3 weight=min_snr vae_from="$W/vae" \
+run 10_unet start_from= seconds=$UNET "channels=$WIDTH" batch=$BATCH copies=$COPIES lr=1e-3 weight=min_snr vae_from="$W/vae" \
   clip_from="$W/scorer_clip" folder="$W/unet" save_to="$W/base"
 run 11_gates base="$W/base" evaluator_from="$W/evaluator" write_to="$W/gates" $GATES
 for log in "$W"/*/log.jsonl; do cp "$log" "$W/$(basename "$(dirname "$log")").jsonl"; done

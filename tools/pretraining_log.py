@@ -14,6 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from stylelora.pictures import open_image
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT / "reports" / "results", ROOT / "reports" / "figures"
 PAUSE = 60.0  # seconds between two log lines that count as an interruption and not as work
@@ -70,7 +72,7 @@ def attempt(words, book):
     source = next(
         FIGURES / f for f in ("base-test-prompts.webp", "base-left-out.webp") if (FIGURES / f).exists()
     )
-    page = Image.open(source).convert("RGB")
+    page, _ = open_image(source)
     page = page.resize(
         (min(page.width, 512), page.height * min(page.width, 512) // page.width), Image.LANCZOS
     )

@@ -7,7 +7,7 @@ __all__ = ['FILE', 'LAYOUTS', 'target_of', 'write_peft', 'save_adapter', 'save_l
            'AdapterFile', 'read_adapter', 'source_of', 'read_lora', 'reshaped', 'same_axes', 'check_fit',
            'load_components', 'read_for', 'load_adapter', 'load_lora']
 
-# %% ../../nbs/02_adapters/07_files.ipynb #eb14ec54
+# %% ../../nbs/02_adapters/07_files.ipynb #c5f76b02
 import json
 import math
 from collections import Counter
@@ -22,11 +22,11 @@ from torch import nn
 from .keys import NETWORKS, TEXT, join_components, layer_names, layers_of, networks_of
 from .keys import sort_tensors, split_components, to_state
 from .layouts import adapter_config, diffusers_bytes, is_sdxl, kohya_bytes, kohya_texts
-from .layouts import fit_numbers, one_alpha, pack, to_tensors
+from .layouts import call_texts, fit_numbers, one_alpha, pack, to_tensors
 from .lora import check_state, kind_of, load_state, lora_state
-from ..core import check_finite, hash_files, pick_dtype, read_json, write_atomic
+from ..core import check_finite, hash_files, path_of, pick_dtype, read_json, taken, write_atomic
 
-# %% ../../nbs/02_adapters/07_files.ipynb #a618a692
+# %% ../../nbs/02_adapters/07_files.ipynb #807efa49
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 LAYOUTS = ("diffusers", "kohya", "peft")
 
@@ -37,7 +37,7 @@ def target_of(
     force: bool = True,  # False: refuse to replace what is there
 ) -> Path:  # the file, or the folder for 'peft'
     "Check where an adapter is to be written."
-    path, is_file = Path(path), Path(path).suffix == ".safetensors"
+    path, is_file = path_of(path), Path(path).suffix == ".safetensors"
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}; use one of {', '.join(LAYOUTS)}")
     if layout == "peft" and is_file:
@@ -47,7 +47,7 @@ def target_of(
     if layout == "diffusers" and not is_file:
         path = path / FILE
     if not force and (any(path.rglob("adapter_*")) if path.is_dir() else path.exists()):
-        raise FileExistsError(f"{path} exists already; choose another name, or --force to replace it")
+        raise taken(path)
     return path
 
 # %% ../../nbs/02_adapters/07_files.ipynb #e96fa97a
@@ -64,7 +64,7 @@ _LORA = dict(
     use_dora=False,
 )
 
-# %% ../../nbs/02_adapters/07_files.ipynb #055a5457
+# %% ../../nbs/02_adapters/07_files.ipynb #6e04b619
 def _peft_key(name, s, tensor):
     return f"base_model.model.{name}.{kind_of(s).file_keys['peft'][tensor]}"
 
@@ -74,15 +74,16 @@ def write_peft(
     folder: Path,  # of the adapter; with text encoders it gets a sub-folder per network
     texts: dict[str, str],  # texts for the header
     dtype: torch.dtype | None,  # number format of the tensors; None: as they are
+    force: bool = True,  # False: refuse to replace what is there
 ) -> Path:  # the folder
     "Write an adapter as PEFT does: the tensors first, the configuration last."
     components = split_components(state)
     for c, layers in components.items():
         at = folder if list(components) == ["unet"] else folder / c
         tensors = to_tensors(layers, dtype, _peft_key)
-        write_atomic(at / "adapter_model.safetensors", pack(tensors, dict(texts, format="pt")))
+        write_atomic(at / "adapter_model.safetensors", pack(tensors, dict(texts, format="pt")), force)
         config = json.dumps(_LORA | adapter_config(layers), indent=2, sort_keys=True)
-        write_atomic(at / "adapter_config.json", config + "\n")
+        write_atomic(at / "adapter_config.json", config + "\n", force)
     return folder
 
 # %% ../../nbs/02_adapters/07_files.ipynb #45bf7f88
@@ -92,7 +93,7 @@ def _kohya_file(state, texts, dtype, sdxl, like):
         sdxl = is_sdxl(state) if like is None else TEXT[1] in networks_of(like)
     return kohya_bytes(state, texts, dtype, sdxl, layers_of(like))
 
-# %% ../../nbs/02_adapters/07_files.ipynb #d6e38354
+# %% ../../nbs/02_adapters/07_files.ipynb #12b717e4
 def save_adapter(
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}, text encoders with the component in front
     path: str | Path,  # file, or the folder for 'peft'
@@ -109,33 +110,34 @@ def save_adapter(
     if not state:
         raise ValueError(f"{path}: the adapter has no layers; nothing would be saved")
     story = json.dumps(manifest or {}, sort_keys=True, ensure_ascii=False)
-    texts = dict(texts or {}, stylelora_manifest=story)
+    texts = call_texts(manifest) | dict(texts or {}, stylelora_manifest=story)
     state = fit_numbers(one_alpha(state, dtype) if layout == "kohya" else state, dtype, path)
     if layout == "peft":
-        return write_peft(state, path, texts, dtype)
+        return write_peft(state, path, texts, dtype, force)
     if layout == "diffusers":
-        return write_atomic(path, diffusers_bytes(split_components(state), texts, dtype))
+        return write_atomic(path, diffusers_bytes(split_components(state), texts, dtype), force)
     texts = kohya_texts(state, manifest, path.stem) | texts
-    return write_atomic(path, _kohya_file(state, texts, dtype, sdxl, like))
+    return write_atomic(path, _kohya_file(state, texts, dtype, sdxl, like), force)
 
-# %% ../../nbs/02_adapters/07_files.ipynb #645de1fc
+# %% ../../nbs/02_adapters/07_files.ipynb #3f191e84
 def save_lora(
     model: nn.Module,  # network with adapters
     path: str | Path,  # file ending in .safetensors, or a folder
     manifest: dict | None = None,  # plain values that tell how the adapter came about
     dtype: str | torch.dtype | None = None,  # number format in the file; None: float32, as trained
+    force: bool = True,  # False: refuse to replace what is there
 ) -> Path:  # the file
     "Write the adapters of a network to a safetensors file, atomically."
     if not (state := lora_state(model)):
         raise ValueError(f"{path}: the model carries no adapters; call inject(model) first")
-    return save_adapter(state, path, manifest=manifest, dtype=dtype)
+    return save_adapter(state, path, manifest=manifest, dtype=dtype, force=force)
 
-# %% ../../nbs/02_adapters/07_files.ipynb #d84fa0a9
+# %% ../../nbs/02_adapters/07_files.ipynb #2fc3c035
 def find_file(
     path: str | Path,  # a .safetensors file, or a folder that holds one under a usual name
 ) -> Path:  # the file
     "Find the adapter file that a path means."
-    path = Path(path)
+    path = path_of(path)
     if path.is_dir():
         found = [path / f for f in (FILE, "adapter_model.safetensors") if (path / f).is_file()]
         if found:
@@ -150,7 +152,7 @@ def find_file(
         )
     return path
 
-# %% ../../nbs/02_adapters/07_files.ipynb #3485c913
+# %% ../../nbs/02_adapters/07_files.ipynb #a418e680
 def read_tensors(
     file: str | Path,  # a .safetensors file
 ) -> tuple[dict, dict]:  # key -> tensor, and the texts of the header
@@ -168,7 +170,7 @@ def files_of(
     path: str | Path,  # file of an adapter, its folder, or PEFT's folder with a sub-folder per network
 ) -> list[Path]:  # its files with tensors
     "List the files that an adapter consists of."
-    return sorted(Path(path).glob("*/adapter_model.safetensors")) or [find_file(path)]
+    return sorted(path_of(path).glob("*/adapter_model.safetensors")) or [find_file(path)]
 
 # %% ../../nbs/02_adapters/07_files.ipynb #a3feacb6
 @dataclass
@@ -214,7 +216,7 @@ def _read_file(file, layers, strict, names):
     dtype = _dtype({k: v for k, v in tensors.items() if k not in unread})
     return AdapterFile(state, "+".join(sorted(formats)), texts, manifest, tuple(unread), dtype)
 
-# %% ../../nbs/02_adapters/07_files.ipynb #bb00a8e0
+# %% ../../nbs/02_adapters/07_files.ipynb #881c2dc7
 def _inside(folder, state):
     "Name the layers of a sub-folder of PEFT inside the network that the folder is named after."
     found = split_components(state)
@@ -231,7 +233,7 @@ def read_adapter(
     names: dict | None = None,  # layers of the model at hand, see `layer_names`
 ) -> AdapterFile:  # what the file says
     "Read an adapter in any of the key formats, looking at every key."
-    files = {c: Path(path) / c / "adapter_model.safetensors" for c in NETWORKS}
+    files = {c: path_of(path) / c / "adapter_model.safetensors" for c in NETWORKS}
     read = {c: _read_file(f, layers, strict, names) for c, f in files.items() if f.is_file()}
     if not read:
         return _read_file(find_file(path), layers, strict, names)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSS', 'to_tensors', 'fit_numbers', 'adapter_config', 'pack', 'diffusers_bytes', 'model_of', 'is_sdxl', 'kohya_texts',
-           'kohya_name', 'kohya_bytes', 'one_alpha']
+           'call_texts', 'kohya_name', 'kohya_bytes', 'one_alpha']
 
 # %% ../../nbs/02_adapters/06_layouts.ipynb #6db72651
 import json
@@ -198,6 +198,20 @@ def kohya_texts(
     texts |= _about_model(state, title)
     texts |= {_TRAINED[k]: v for k, v in (manifest or {}).items() if k in _TRAINED and v is not None}
     return {k: str(v) for k, v in texts.items()}
+
+# %% ../../nbs/02_adapters/06_layouts.ipynb #b1782eca
+def call_texts(
+    manifest: dict | None = None,  # our manifest; its `call` says how the adapter is called
+) -> dict[str, str]:  # key -> text
+    "Write for other programs how an adapter is called."
+    call = (manifest or {}).get("call") or {}
+    texts = {}
+    if call.get("tags"):
+        counts = dict(stylelora=call["tags"])
+        texts["ss_tag_frequency"] = json.dumps(counts, sort_keys=True, ensure_ascii=False)
+    if call.get("trigger"):
+        texts["modelspec.trigger_phrase"] = call["trigger"]
+    return texts
 
 # %% ../../nbs/02_adapters/06_layouts.ipynb #95adad47
 def kohya_name(

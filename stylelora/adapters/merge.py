@@ -7,10 +7,8 @@ __all__ = ['layer_weights', 'check_states', 'blend', 'core_of', 'norm_of', 'Fit'
            'differences', 'extract', 'block_of', 'inspect_state', 'block_shares', 'merge_files', 'resize_file',
            'convert_file', 'inspect_file', 'describe_file']
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #f01d2bf9
-import json
-import math
-import re
+# %% ../../nbs/02_adapters/08_merge.ipynb #36654641
+import json, math, re
 from collections import Counter
 from dataclasses import dataclass
 from numbers import Real
@@ -349,18 +347,19 @@ def _check_out(out, sources, layout="diffusers", force=True):
         raise ValueError(f"{out} is one of the sources and would be overwritten; choose another name")
     return out
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #6446237a
+# %% ../../nbs/02_adapters/08_merge.ipynb #5686a73a
 def merge_files(
     paths: str | Path | list,  # files of adapters, or their folders
     weights: float | dict | list,  # one for each, or one for all: a number, or numbers per block
     out: str | Path,  # file to write, ending in .safetensors, or a folder
     rank: int | None = None,  # largest rank of the result; None keeps everything, ranks add up
     dtype: str | None = None,  # number format in the file, such as 'float16'; None: float32
+    force: bool = True,  # False: refuse to replace what is there
 ) -> Fit:  # the merged adapter, with the error of the cut
     "Merge adapter files into one: exactly, or cut to a rank with its error on record."
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     weights = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(paths)
-    out, states = _check_out(out, paths), [read_adapter(p).state for p in paths]
+    out, states = _check_out(out, paths, force=force), [read_adapter(p).state for p in paths]
     try:
         mixed = blend(states, weights)
     except ValueError as e:
@@ -368,23 +367,24 @@ def merge_files(
     fit = compress(mixed, max(len(s["A"]) for s in mixed.values()) if rank is None else rank)
     sources = [source_of(p, weight=w) for p, w in zip(paths, weights)]
     story = dict(made_by="stylelora merge", sources=sources, rank=rank, error=fit.error)
-    save_adapter(fit.state, out, manifest=story, dtype=dtype)
+    save_adapter(fit.state, out, manifest=story, dtype=dtype, force=force)
     return fit
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #b398c9d7
+# %% ../../nbs/02_adapters/08_merge.ipynb #345014f9
 def resize_file(
     path: str | Path,  # file of an adapter, or its folder
     rank: int,  # rank of every layer of the result, >= 1
     out: str | Path,  # file to write, ending in .safetensors, or a folder
     dtype: str | None = None,  # number format in the file, such as 'float16'; None: float32
+    force: bool = True,  # False: refuse to replace what is there
 ) -> Fit:  # the resized adapter, with its error
     "Write an adapter at another rank, with the error on record."
-    out, fit = _check_out(out, [path]), resize(read_adapter(path).state, rank)
+    out, fit = _check_out(out, [path], force=force), resize(read_adapter(path).state, rank)
     story = dict(made_by="stylelora resize", sources=[source_of(path)], rank=rank, error=fit.error)
-    save_adapter(fit.state, out, manifest=story, dtype=dtype)
+    save_adapter(fit.state, out, manifest=story, dtype=dtype, force=force)
     return fit
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #c1759189
+# %% ../../nbs/02_adapters/08_merge.ipynb #f92ff203
 _OWN = ("format", "lora_adapter_metadata", "stylelora_manifest", "sshs_model_hash", "sshs_legacy_hash")
 
 
@@ -401,7 +401,7 @@ def convert_file(
     got = read_adapter(path, strict=strict)
     texts = {k: v for k, v in got.metadata.items() if k not in _OWN}
     manifest = got.manifest or dict(made_by="stylelora convert", sources=[source_of(path)] if strict else [])
-    save_adapter(got.state, out, layout, manifest, dtype or got.dtype, texts)
+    save_adapter(got.state, out, layout, manifest, dtype or got.dtype, texts, force=force)
     return got
 
 # %% ../../nbs/02_adapters/08_merge.ipynb #699e1049

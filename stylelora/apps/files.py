@@ -25,7 +25,7 @@ def numbers(
         raise ValueError(f"weights={text!r}; write finite numbers such as 0.5,1")
     return found
 
-# %% ../../nbs/11_apps/01_files.ipynb #2b045035
+# %% ../../nbs/11_apps/01_files.ipynb #14eea0ab
 def run_merge(
     adapter: Annotated[list[Path], Argument(help="Files of adapters, or their folders.")],
     weights: Annotated[str, Option(help="One number for all, or one for each: 0.5,1.")] = "1",
@@ -48,7 +48,7 @@ def run_merge(
     if into:
         return merge_into(into, adapter, each, out, rank, dtype, force)
     target_of(out, force=force)
-    fit = merge_files(adapter, each, out, rank or None, dtype)
+    fit = merge_files(adapter, each, out, rank or None, dtype, force)
     print(f"{out}: {len(adapter)} adapters, {fit}")
 
 # %% ../../nbs/11_apps/01_files.ipynb #80eb25b4
@@ -77,7 +77,7 @@ def merge_into(
     save_base(model, out, dtype)
     print(f"{out}: {base} with {len(adapters)} adapters in {count} layers")
 
-# %% ../../nbs/11_apps/01_files.ipynb #1e7cf35c
+# %% ../../nbs/11_apps/01_files.ipynb #8918024c
 def run_resize(
     adapter: Annotated[Path, Argument(help="File of an adapter, or its folder.")],
     rank: Annotated[int, Option(min=1, help="Rank of every layer of the result.")] = 4,
@@ -94,7 +94,7 @@ def run_resize(
     from stylelora.adapters.merge import resize_file
 
     target_of(out, force=force)
-    print(f"{out}: rank {rank}, {resize_file(adapter, rank, out, dtype)}")
+    print(f"{out}: rank {rank}, {resize_file(adapter, rank, out, dtype, force)}")
 
 # %% ../../nbs/11_apps/01_files.ipynb #3fee4ce8
 def run_convert(
@@ -121,15 +121,13 @@ def run_convert(
     for k in got.unread:
         print(f"left out: {k}")
 
-# %% ../../nbs/11_apps/01_files.ipynb #02d3e73f
+# %% ../../nbs/11_apps/01_files.ipynb #bc4e6a90
 def run_extract(
     base: Annotated[str, Argument(help="Model before: embedded, a diffusers folder, a file or a hub id.")],
     tuned: Annotated[str, Argument(help="Model after, of the same kind.")],
     out: Annotated[Path, Argument(help="File to write; a folder for peft.")],
     rank: Annotated[int, Option(min=1, help="Largest rank of a layer.")] = 8,
-    target_modules: Annotated[
-        str, Option(help="Layers to compare: a named set or a pattern.")
-    ] = "attention_ff",
+    target_modules: Annotated[str, Option(help="Layers to compare.")] = "attention_ff",
     to: Annotated[str, Option(help="Layout: diffusers, kohya or peft.")] = "diffusers",
     dtype: Annotated[str, Option(help="Number format in the file.")] = "float32",
     force: Annotated[bool, Option("--force", help="Replace what is there.")] = False,
@@ -145,7 +143,8 @@ def run_extract(
     before, after = (load_base(b, "cpu") for b in (base, tuned))
     fit, kept = _difference_of(before, after, target_modules, rank)
     story = dict(made_by="stylelora extract", base_hash=before.hash, tuned_hash=after.hash)
-    save_adapter(fit.state, out, to, story | dict(rank=rank, kept=kept, error=fit.error), dtype)
+    story |= dict(rank=rank, kept=kept, error=fit.error)
+    save_adapter(fit.state, out, to, story, dtype, force=force)
     print(f"{out}: {_told_of(fit, rank, kept)}")
 
 # %% ../../nbs/11_apps/01_files.ipynb #992a9c17

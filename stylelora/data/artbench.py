@@ -6,7 +6,7 @@
 __all__ = ['STYLES', 'TAIL', 'PARTICLE', 'HOST', 'FILES', 'COLUMNS', 'MARKS', 'TEMPLATE', 'style_label', 'parse_name', 'fetch',
            'unpack', 'read_index', 'read_batch', 'find_form', 'list_artbench', 'choose', 'write_artbench']
 
-# %% ../../nbs/04_data/02_artbench.ipynb #a296d42f
+# %% ../../nbs/04_data/02_artbench.ipynb #fb6a8813
 import csv, difflib, hashlib, http.client, json, re, shutil, tarfile, unicodedata, warnings, zlib
 import urllib.error, urllib.request
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 from ..core import human_bytes, seed_of, slug, write_atomic
-from .folder import fill, list_images, open_image
+from .captions import fill, list_images
+from ..pictures import open_image
 
 # %% ../../nbs/04_data/02_artbench.ipynb #25a0b781
 STYLES = dict(

@@ -6,7 +6,7 @@
 __all__ = ['tidy', 'make_caption', 'styles_of', 'check_style', 'concepts_of', 'Grid', 'load_grid', 'read_sheet', 'grid_images',
            'write_style_set', 'style_table']
 
-# %% ../../nbs/04_data/03_grid.ipynb #71c8724c
+# %% ../../nbs/04_data/03_grid.ipynb #8bd5b5a5
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import assets, read_json, slug
+from ..core import assets, nearest, read_json, slug
+from ..pictures import open_image
 
 # %% ../../nbs/04_data/03_grid.ipynb #6f49a8c6
 def tidy(
@@ -44,7 +45,7 @@ def styles_of(
     "List the styles that have a role."
     return [v for v, d in index["styles"].items() if d["role"] == role]
 
-# %% ../../nbs/04_data/03_grid.ipynb #d91e8884
+# %% ../../nbs/04_data/03_grid.ipynb #79f3d6c9
 def check_style(
     index: dict,  # content of index.json
     style: str,  # name of a style
@@ -52,7 +53,8 @@ def check_style(
     "Refuse a style that the grid does not have, listing those it has."
     if style in index["styles"]:
         return style
-    raise ValueError(f"style {style!r} is not in the grid; choose one of {', '.join(index['styles'])}")
+    hint = nearest(style, index["styles"])
+    raise ValueError(f"style {style!r} is not in the grid{hint}; choose one of {', '.join(index['styles'])}")
 
 # %% ../../nbs/04_data/03_grid.ipynb #e6829780
 def concepts_of(
@@ -125,14 +127,14 @@ def load_grid(
         )
     return Grid(folder, read_json(folder / "index.json"))
 
-# %% ../../nbs/04_data/03_grid.ipynb #3b1adaaf
+# %% ../../nbs/04_data/03_grid.ipynb #f6cc60aa
 @lru_cache(maxsize=64)
 def read_sheet(
     path: Path,  # a picture of square tiles
     size: int,  # side of a tile in pixels
 ) -> np.ndarray:  # tiles (n,h,w,3) uint8, row by row
     "Cut a sheet into its tiles."
-    a = np.asarray(Image.open(path).convert("RGB"))
+    a = np.asarray(open_image(path)[0])
     rows, cols = a.shape[0] // size, a.shape[1] // size
     return a.reshape(rows, size, cols, size, 3).swapaxes(1, 2).reshape(rows * cols, size, size, 3)
 

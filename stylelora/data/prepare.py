@@ -6,7 +6,7 @@
 __all__ = ['LANDMARK', 'SIDES', 'ODD', 'load_kohya', 'join_columns', 'write_captions', 'mirror', 'picture_hash', 'hash_distance',
            'odd_caption', 'survey', 'contact_sheet', 'load_blip', 'blip_captions']
 
-# %% ../../nbs/04_data/04_prepare.ipynb #ca57c7ae
+# %% ../../nbs/04_data/04_prepare.ipynb #7c58df79
 import contextlib, re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,47 +18,46 @@ from PIL import Image, ImageOps
 from scipy.fft import dctn
 from ..models.tiny import quiet
 from ..core import generator, write_atomic
-from stylelora.data.folder import (
-    Pictures,
-    fields_of,
-    fill,
-    list_images,
-    open_image,
-    read_captions,
-    read_text,
-    square,
-)
+from .captions import fields_in, fields_of, file_in, fill, list_images, read_captions
+from .captions import read_rows, text_in
+from .folder import Pictures, check_others, problem_table, read_image, square
+from ..pictures import open_image
 from ..plots import image_grid
 
-# %% ../../nbs/04_data/04_prepare.ipynb #3b1ad33c
+# %% ../../nbs/04_data/04_prepare.ipynb #01b9561d
 def _repeated(folder):
     "List the pictures of kohya's folders: (file, caption, repeats)."
     for d in sorted(p for p in Path(folder).expanduser().glob("*") if p.is_dir()):
         n, _, words = d.name.partition("_")
         if not n.isdecimal() or int(n) < 1:
             continue
-        captions = {f.stem: read_text(f) for f in d.glob("*.caption")}
-        captions |= {f.stem: c for f, c in read_captions(d).items() if f.parent == d}
-        yield from ((f, captions.get(f.stem) or words, int(n)) for f in list_images(d) if f.parent == d)
+        captions = read_captions(d)
+        yield from ((f, captions.get(f, words), int(n)) for f in list_images(d) if f.parent == d)
 
-# %% ../../nbs/04_data/04_prepare.ipynb #ca565753
+# %% ../../nbs/04_data/04_prepare.ipynb #bd069283
 def load_kohya(
     folder: str | Path,  # folder that holds folders such as '10_paper cut'
     size: int = 512,  # side of the pictures in pixels
 ) -> tuple:  # Pictures, and how often to use each (n,), in lowest terms
     "Read folders named by kohya's convention."
-    rows = list(_repeated(folder))
-    if not rows:
+    folder, images, rows, seen = Path(folder).expanduser(), [], [], {}
+    listed = list(_repeated(folder))
+    if not listed:
         raise FileNotFoundError(f"{folder} has no pictures in folders such as 10_words")
-    if silent := [f for f, caption, _ in rows if not caption]:
-        hint = "write a .txt beside it, or give its folder a name such as 10_words"
-        raise ValueError(f"{silent[0]} has no caption; {hint}")
-    files, texts, repeats = zip(*rows)
-    images, nothing = [square(open_image(f)[0], size) for f in files], ["file", "level", "problem", "fix"]
-    found = Pictures(np.stack(images), list(texts), [f.name for f in files], pd.DataFrame(columns=nothing))
+    files, texts, repeats = zip(*listed)
+    for f, text in zip(files, texts):
+        image, odd = read_image(f, size, seen)
+        images.append(image)
+        if not text:
+            odd.append(("error", "no caption", "write a .txt beside it, or name its folder such as 10_words"))
+        rows += [(f, *row) for row in odd]
+    left = sorted(set(list_images(folder)) - set(files))
+    rows += [(f, "warning", "left out", "move it into a folder such as 10_words") for f in left]
+    found = Pictures(images, list(texts), [f.name for f in files], problem_table(folder, rows), folder)
+    found.refuse_errors().images = np.stack(images)
     return found, np.array(repeats) // np.gcd.reduce(repeats)
 
-# %% ../../nbs/04_data/04_prepare.ipynb #3d6d1321
+# %% ../../nbs/04_data/04_prepare.ipynb #f795f67a
 LANDMARK = "{name} {location} {description} {composition}"  # the template of the landmarks study
 
 
@@ -67,17 +66,15 @@ def join_columns(
     template: str = LANDMARK,  # which columns, in which order
 ) -> dict:  # path of the picture -> caption
     "Make captions from the columns of a table."
-    path = Path(path)
-    if path.suffix.lower() == ".jsonl":
-        rows = pd.read_json(path, lines=True, dtype=False)
-    else:
-        rows = pd.read_csv(path, dtype=str)
-    if "file_name" not in rows:
-        raise ValueError(f"{path} has no column file_name, only {', '.join(rows)}")
-    captions = {}
-    for row in rows.fillna("").to_dict("records"):
-        text = re.sub(r"(\s*,)+", ",", fill(template, **row)).strip(" ,")
-        captions[path.parent / row["file_name"]] = text
+    path, captions = Path(path), {}
+    rows = read_rows(path)
+    columns = {name for _, row in rows for name in row}
+    for line, row in rows:
+        where, row = f"{path} line {line}", dict.fromkeys(columns) | row
+        wanted = columns.intersection(fields_in(template))
+        fields = dict.fromkeys(columns, "") | {k: text_in(where, row, k, numbers=True) for k in wanted}
+        text = re.sub(r"(\s*,)+", ",", fill(template, **fields)).strip(" ,")
+        captions[file_in(path, where, row)] = text
     return captions
 
 # %% ../../nbs/04_data/04_prepare.ipynb #fb2c9b6b
@@ -170,7 +167,7 @@ def _twins(table, bits):
             twins[seen[i]] = f"{what} {table.file[seen[j]]}"
     return twins
 
-# %% ../../nbs/04_data/04_prepare.ipynb #398bb9a2
+# %% ../../nbs/04_data/04_prepare.ipynb #0ce1137c
 def survey(
     folder: str | Path,  # folder with pictures and captions
     size: int = 512,  # side of the training pictures in pixels
@@ -190,9 +187,22 @@ def survey(
     limit = tokenizer.model_max_length if tokenizer else np.inf
     twins = _twins(table, bits)
     table["problems"] = [_problems(r, limit, twins.get(r.Index, "")) for r in table.itertuples()]
-    return table[["file", "width", "height", "aspect", "tokens", "caption", "problems"]]
+    table = table[["file", "width", "height", "aspect", "tokens", "caption", "problems"]]
+    return pd.concat([table, *_unread(folder)], ignore_index=True)
 
-# %% ../../nbs/04_data/04_prepare.ipynb #bdf03ced
+# %% ../../nbs/04_data/04_prepare.ipynb #ea24004b
+def _unread(folder):
+    "Make a table of what nobody reads, like that of the survey; nothing if there is nothing."
+    folder = Path(folder).expanduser()
+    rows = [
+        (f.relative_to(folder), problem) for f, level, problem, _ in check_others(folder) if level != "note"
+    ]
+    rows = [
+        dict(file=str(f), width=0, height=0, tokens=0, caption="", problems=problem) for f, problem in rows
+    ]
+    return [pd.DataFrame(rows)] if rows else []
+
+
 def _problems(row, limit, twin):
     "Join everything that is wrong with one picture."
     too_long = f"{row.tokens} tokens, {limit} are read" if row.tokens > limit else ""

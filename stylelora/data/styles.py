@@ -6,8 +6,8 @@
 __all__ = ['HELD', 'REFERENCES', 'GridStyle', 'read_picture', 'write_pictures', 'RealStyle', 'unique_names', 'artbench_folder',
            'artbench_style', 'folder_style', 'find_style', 'source_files', 'first_pictures']
 
-# %% ../../nbs/04_data/05_styles.ipynb #32951a37
-import os
+# %% ../../nbs/04_data/05_styles.ipynb #0ab7a4ac
+import os, warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from ..core import assets, root, seed_of, slug, write_atomic
-from .folder import fields_of, fill, list_images, open_image, read_captions, square
+from .captions import fields_of, fill, list_images, read_captions
+from .folder import check_others, square
+from ..pictures import open_image
 from .artbench import STYLES, TEMPLATE, choose, list_artbench, read_batch, style_label
 from .grid import Grid, check_style, grid_images, load_grid, make_caption, write_style_set
 from .prepare import write_captions
@@ -161,7 +163,7 @@ def artbench_style(
     named = both.assign(part=part, words=title, name=unique_names(title), caption=caption)
     return RealStyle(f"artbench/{label}", named)
 
-# %% ../../nbs/04_data/05_styles.ipynb #5589329b
+# %% ../../nbs/04_data/05_styles.ipynb #6833b9a8
 def folder_style(
     folder: str | Path,  # folder with pictures, captions beside them or in a table
 ) -> RealStyle:  # pool, val and test
@@ -169,6 +171,10 @@ def folder_style(
     path = Path(folder).expanduser()
     path = path if path.is_absolute() else root() / path
     files, captions = list_images(path), read_captions(path)
+    if left := [f.name for f, level, *_ in check_others(path) if level == "warning"]:
+        warnings.warn(
+            f"{path}: {len(left)} files are not read, such as {left[0]}; see stylelora train --check"
+        )
     if len(files) < 4:
         needs = "a training with validation and reference pictures needs four or more"
         raise ValueError(f"{path} has {len(files)} pictures; {needs}")

@@ -60,7 +60,7 @@ def load_networks(
     device: str = "cpu",  # where they run
     download: bool = False,  # True may fetch what is missing
 ) -> dict:  # name -> network
-    "Load every network that is at pastel, and say what the others need."
+    "Load every network that is at hand, and say what the others need."
     nets = {}
     for name, make in network_makers(folder, clip, device, download).items():
         try:

@@ -6,12 +6,12 @@
 __all__ = ['SCHEDULES', 'PREDICTIONS', 'make_betas', 'interpolate', 'Schedule', 'as_schedule', 'schedule_from_config',
            'amplitudes', 'add_noise', 'to_x0', 'to_eps', 'to_v', 'remap_t', 'share_clipped']
 
-# %% ../../nbs/01_noise/01_schedule.ipynb #03e45eb7
+# %% ../../nbs/01_noise/01_schedule.ipynb #4e7a58d0
 import math
 import torch
-from ..core import expand_as
+from ..core import expand_as, nearest
 
-# %% ../../nbs/01_noise/01_schedule.ipynb #414d9f15
+# %% ../../nbs/01_noise/01_schedule.ipynb #c513613c
 SCHEDULES = ("scaled_linear", "quadratic", "linear", "cosine")
 
 
@@ -24,7 +24,7 @@ def make_betas(
     """Compute the betas of a named schedule.
     Proposal, Appendix B; the cosine as in Nichol & Dhariwal 2021, eq. 17, clipped at 0.999."""
     if name not in SCHEDULES:
-        raise ValueError(f"schedule={name!r}; use one of {', '.join(SCHEDULES)}")
+        raise ValueError(f"schedule={name!r}{nearest(name, SCHEDULES)}; use one of {', '.join(SCHEDULES)}")
     line = lambda a, b, n=n_train: torch.linspace(a, b, n, dtype=torch.float64)
     if name == "linear":
         return line(beta_start, beta_end)

@@ -7,7 +7,7 @@ __all__ = ['VENDORS', 'GROUPS', 'CLOCKS', 'CHOICES', 'drawing_key', 'name_key', 
            'to_svg', 'frame', 'draw', 'stratified', 'make_splits', 'near_duplicates', 'write_sheets', 'grid_index',
            'read_cells', 'choose_cells']
 
-# %% ../../nbs/pretrain/01_artwork.ipynb #bb1f0e64
+# %% ../../nbs/pretrain/01_artwork.ipynb #6948753b
 "From icon sets on the npm registry to a grid of concepts × styles."
 import io
 import json
@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..core import pick, write_atomic
 from ..data.grid import grid_images, load_grid
+from ..pictures import open_picture
 
 # %% ../../nbs/pretrain/01_artwork.ipynb #38dbd20a
 VENDORS = dict(  # word: (npm set, role)
@@ -175,7 +176,7 @@ def frame(
     out[y : y + h, x : x + w] = (a[..., :3] + 1 - a[..., 3:]).clip(0, 1)
     return (out * 255).round().astype(np.uint8)
 
-# %% ../../nbs/pretrain/01_artwork.ipynb #edd97c15
+# %% ../../nbs/pretrain/01_artwork.ipynb #de1f726b
 def draw(
     svg: str,  # an SVG document
     size: int,  # side of the result in pixels
@@ -186,7 +187,7 @@ def draw(
     except ImportError as e:
         raise ImportError("drawing needs resvg: pip install 'stylelora[dev]'") from e
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=4 * size, height=4 * size))
-    return frame(Image.open(io.BytesIO(png)).convert("RGBA"), size)
+    return frame(open_picture(io.BytesIO(png))[0].convert("RGBA"), size)
 
 # %% ../../nbs/pretrain/01_artwork.ipynb #4acc96d0
 def stratified(

@@ -6,7 +6,7 @@
 __all__ = ['ADDED', 'FOR_INK', 'font_glyphs', 'rgba', 'matte', 'halve', 'treat', 'sources', 'make_plan', 'open_store', 'render',
            'concept_info', 'pack', 'unpack', 'store_cells']
 
-# %% ../../nbs/pretrain/05_store.ipynb #ff1913f4
+# %% ../../nbs/pretrain/05_store.ipynb #2c9627b4
 "One store of drawings and their treatments, rendered once, in a memory-mapped file that resumes."
 import io
 import json
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..pictures import open_picture
 from .artwork import VENDORS, join_set, read_concepts, to_svg
 from .treatments import TREATMENTS, pairs, style_words
 
@@ -68,7 +69,7 @@ def _ligatures(font):
                     out[(first, *lig.Component)] = lig.LigGlyph
     return out
 
-# %% ../../nbs/pretrain/05_store.ipynb #271de15f
+# %% ../../nbs/pretrain/05_store.ipynb #08d4d65e
 def rgba(
     svg: str,  # an SVG document
     size: int,  # side in pixels
@@ -77,7 +78,7 @@ def rgba(
     import resvg_py
 
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
-    return Image.open(io.BytesIO(png)).convert("RGBA")
+    return open_picture(io.BytesIO(png))[0].convert("RGBA")
 
 # %% ../../nbs/pretrain/05_store.ipynb #09d4d1a3
 def matte(

@@ -6,7 +6,7 @@
 __all__ = ['LINE', 'PALETTE', 'TEXTURE', 'SHADE', 'GROUND', 'EDGE', 'TREATMENTS', 'ORDER', 'FILLS', 'HELD_PAIRS', 'Treatment',
            'pairs', 'style_words', 'treated']
 
-# %% ../../nbs/pretrain/04_treatments.ipynb #d0b1da84
+# %% ../../nbs/pretrain/04_treatments.ipynb #6792d198
 "A vocabulary of treatments: what turns one drawing into many styles."
 import re
 from dataclasses import dataclass

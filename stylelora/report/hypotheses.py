@@ -7,20 +7,20 @@ __all__ = ['NEEDS', 'KEYS', 'USUAL', 'SETTING', 'JUDGES', 'check_test', 'check_e
            'pick_rows', 'tables_of', 'above', 'terms_of', 'judge_sum', 'curve_of', 'judge_monotone', 'judge_linear',
            'judge_maximum', 'judge_order', 'Verdict', 'judge_hypothesis', 'read_results', 'scoreboard']
 
-# %% ../../nbs/10_report/01_hypotheses.ipynb #b53bdaa8
+# %% ../../nbs/10_report/01_hypotheses.ipynb #0cc550e7
 import json
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
-import yaml
-from ..core import root
+from ..core import path_of, root
 from ..stats.tests import aligned, draw_means, mean_tau, unit_means
 from ..measure.names import metric_of
-from ..study.results import SCHEMA, load_results, results_folder
+from ..study.params import load_yaml
+from ..study.results import SCHEMA, load_results, published_rows, read_table, results_folder
 from ..stats.intervals import cluster_bootstrap, holm, sign_flip
 
-# %% ../../nbs/10_report/01_hypotheses.ipynb #a957e3f0
+# %% ../../nbs/10_report/01_hypotheses.ipynb #c446a0a6
 NEEDS = dict(difference="recipe baseline", equivalence="recipe baseline margin", one_sided="sign")
 NEEDS |= dict(interaction="recipe baseline factor levels", interior_maximum="factor levels")
 NEEDS |= dict(monotone="factor levels sign", linear="factor levels margin", kendall="factor margin")
@@ -57,15 +57,17 @@ def check_entry(
         check_test(name, test)
     return entry
 
-# %% ../../nbs/10_report/01_hypotheses.ipynb #34507d42
+# %% ../../nbs/10_report/01_hypotheses.ipynb #b1bc59fb
 def load_hypotheses(
     path: str | Path | None = None,  # YAML file; reports/hypotheses.yaml if None
 ) -> tuple:  # level of all tests, list of hypotheses
     "Read the hypotheses and check every rule."
-    path = Path(path or root() / "reports" / "hypotheses.yaml")
+    path = path_of(path or root() / "reports" / "hypotheses.yaml")
     if not path.is_file():
         raise FileNotFoundError(f"{path.name} does not exist; git has it under reports/")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = load_yaml(path)
+    if not isinstance(content, dict) or not {"alpha", "hypotheses"} <= set(content):
+        raise ValueError(f"{path.name}: it needs alpha and hypotheses")
     entries = [check_entry(e) for e in content["hypotheses"]]
     if len({e["id"] for e in entries}) < len(entries):
         raise ValueError(f"{path.name}: an id occurs twice")
@@ -331,7 +333,7 @@ def judge_hypothesis(
     ranked = [v for v in ("refuted", "not tested", "inconclusive", "supported") if (t.verdict == v).any()]
     return Verdict(entry["id"], ranked[0], t)
 
-# %% ../../nbs/10_report/01_hypotheses.ipynb #2dca921a
+# %% ../../nbs/10_report/01_hypotheses.ipynb #fbd543a0
 def read_results(
     folder: str | Path | None = None,  # folder of results; reports/results if None
 ) -> pd.DataFrame:  # tidy results of all experiments with details; without rows if there are none
@@ -339,9 +341,10 @@ def read_results(
     runs = results_folder(folder) / "runs.parquet"
     try:
         frame = load_results(folder=folder)
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         frame = pd.DataFrame(columns=list(SCHEMA))
-    return with_details(frame, pd.read_parquet(runs) if runs.exists() else None)
+    frame = published_rows(frame, results_folder(folder))
+    return with_details(frame, read_table(runs) if runs.exists() else None)
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #a3066cc3
 def _words(t):

@@ -7,8 +7,8 @@ __all__ = ['list_jobs', 'image_generator', 'draw_latents', 'read_size', 'picture
            'Settings', 'assign_images', 'plan_denoising', 'draw_batch', 'pair_negatives', 'generate', 'kind_of',
            'start_picture', 'write_grid']
 
-# %% ../../nbs/06_sample/02_generate.ipynb #e5831ce3
-import io, time, torch
+# %% ../../nbs/06_sample/02_generate.ipynb #90ffddb1
+import io, json, time, torch
 import numpy as np
 import pandas as pd
 from collections.abc import Callable, Sequence
@@ -18,13 +18,14 @@ from inspect import signature
 from numbers import Integral
 from pathlib import Path
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 from ..models.base import Base, decode, denoiser, encode_image, encode_text, to_uint8
 from ..core import check_finite, generator, pick_precision, randn_each, slug, write_atomic, write_json
 from .samplers import Sampler, noise_source, pick_sampler
 from ..noise.schedule import Schedule, as_schedule
 from ..train.step import arithmetic
-from ..data.folder import open_image
+from ..pictures import open_image
 from ..plots import canvas
 
 # %% ../../nbs/06_sample/02_generate.ipynb #f10d5673
@@ -133,7 +134,7 @@ def kept_steps(
         raise ValueError(f"strength={strength} of {n} steps is no step at all; use more of either")
     return kept
 
-# %% ../../nbs/06_sample/02_generate.ipynb #d4174372
+# %% ../../nbs/06_sample/02_generate.ipynb #a935b9b1
 @dataclass
 class Images:
     "Hold drawn pictures and what is known about each."
@@ -144,12 +145,15 @@ class Images:
     def __len__(self):
         return len(self.images)
 
-    def save(self, folder: Path | str) -> list:  # folder for the files; it is made
+    def save(
+        self, folder: Path | str, text: dict | None = None
+    ) -> list:  # made if need be; facts for the PNGs
         "Write one PNG per picture and `images.json` with the table; return the names."
         rows = enumerate(self.table.itertuples())
         names = [f"{i:04d}-{slug(r.prompt)[:48]}-{slug(r.seed)}.png" for i, r in rows]
-        for name, image in zip(names, self.images):
-            Image.fromarray(image).save(out := io.BytesIO(), "PNG")
+        for name, image, row in zip(names, self.images, self.table.to_dict("records")):
+            (info := PngInfo()).add_text("stylelora", json.dumps(row | (text or {}), default=str))
+            Image.fromarray(image).save(out := io.BytesIO(), "PNG", pnginfo=info if text else None)
             write_atomic(f"{folder}/{name}", out.getvalue())
         write_json(f"{folder}/images.json", self.table.assign(file=names).to_dict("records"))
         return names

@@ -6,7 +6,7 @@
 __all__ = ['NOTHING', 'time_training', 'time_sampling', 'measure_base', 'amounts', 'seconds_of', 'record_cost', 'cost_of',
            'rank_size', 'time_lines', 'disk_lines', 'cost_lines']
 
-# %% ../../nbs/09_study/05_cost.ipynb #deb2eafc
+# %% ../../nbs/09_study/05_cost.ipynb #3d8065d3
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +22,9 @@ from ..train.step import LEVELS, make_config
 from ..sample.generate import generate
 from ..sample.samplers import pick_sampler
 from .params import Run
+from .results import changing
 
-# %% ../../nbs/09_study/05_cost.ipynb #b71fcbaf
+# %% ../../nbs/09_study/05_cost.ipynb #186253bd
 def time_training(
     model: Base,  # Base without adapters; it has one for a moment
     given: dict,  # target_modules, rank, batch_size, mixed_precision
@@ -117,7 +118,7 @@ def _drawing_amounts(p):
     calls = pick_sampler(p["sampler"]).nfe(p["num_inference_steps"])
     return NOTHING | dict(pictures=n, denoised_steps=n * calls * (1.0 if p["guidance_scale"] != 1 else 0.5))
 
-# %% ../../nbs/09_study/05_cost.ipynb #4e62f111
+# %% ../../nbs/09_study/05_cost.ipynb #1bd84498
 def amounts(
     run: Run,  # of one of the two notebooks
 ) -> (
@@ -142,7 +143,7 @@ def seconds_of(
     denoised = (n["denoised_steps"] + n["passes"] / 2) * cost["sample"]
     return trained + denoised + (n["pictures"] + n["coded"]) * cost["rest"]
 
-# %% ../../nbs/09_study/05_cost.ipynb #81900e58
+# %% ../../nbs/09_study/05_cost.ipynb #f1f21ac3
 def _costs_file(
     file=None,  # another file
 ) -> Path:  # the file
@@ -158,9 +159,10 @@ def record_cost(
     file = _costs_file(file)
     if "why" in cost:
         raise ValueError(f"nothing was measured: {cost['why']}")
-    old = read_json(file) if file.exists() else []
     alike = lambda c: all(c[k] == cost[k] for k in ("base", "device", "batch"))
-    return write_json(file, [c for c in old if not alike(c)] + [cost])
+    with changing(file.parent):
+        old = read_json(file) if file.exists() else []
+        return write_json(file, [c for c in old if not alike(c)] + [cost])
 
 # %% ../../nbs/09_study/05_cost.ipynb #470d577e
 def cost_of(

@@ -6,7 +6,7 @@
 __all__ = ['runs_of', 'Experiment', 'open_folders', 'open_experiment', 'first_measured', 'with_parameters', 'sweep', 'draw_sweep',
            'sheet_of', 'tiles', 'strip', 'short_title', 'show_strip']
 
-# %% ../../nbs/09_study/08_readers.ipynb #fafc9f31
+# %% ../../nbs/09_study/08_readers.ipynb #0a7ed9ff
 import json, textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,12 +14,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from PIL import Image
 from ..core import read_json, root
+from ..pictures import open_image
 from ..plots import axes, colour, image_grid, save_figure, setup_style
 from ..stats.intervals import cluster_bootstrap
-from .plan import read_plans
-from .results import load_results
+from .results import load_results, read_plans, read_table
 from .runs import working_folder
 
 # %% ../../nbs/09_study/08_readers.ipynb #593bd19f
@@ -58,7 +57,7 @@ def open_folders(
     figures.mkdir(parents=True, exist_ok=True)
     return root() / (results or usual), folder, figures
 
-# %% ../../nbs/09_study/08_readers.ipynb #f94629e5
+# %% ../../nbs/09_study/08_readers.ipynb #e0b0cbfb
 def open_experiment(
     profile: str,  # whose runs are read; names with blanks between
     experiments: str = "",  # names of the results, with blanks between; those of the evaluations if ''
@@ -73,7 +72,7 @@ def open_experiment(
     evaluated = {r["experiment"] for r in plan.values() if r["kind"] == "evaluate"}
     rows = load_results(*(experiments.split() or sorted(evaluated)), folder=where)
     rows = rows[rows.run_id.isin(plan)]
-    return Experiment(where, folder, figures, plan, rows, pd.read_parquet(where / "runs.parquet"))
+    return Experiment(where, folder, figures, plan, rows, read_table(where / "runs.parquet"))
 
 # %% ../../nbs/09_study/08_readers.ipynb #c505978e
 def first_measured(
@@ -164,7 +163,7 @@ def sheet_of(
             return picture, description
     return None
 
-# %% ../../nbs/09_study/08_readers.ipynb #c0ed12a6
+# %% ../../nbs/09_study/08_readers.ipynb #bbd8e5d1
 def tiles(
     results: str | Path,  # folder of results, with `pictures`
     run_id: str,  # whose picture
@@ -178,7 +177,7 @@ def tiles(
     if row not in info["rows"]:
         raise ValueError(f"{run_id} has the rows {info['rows']}, not {row!r}")
     s = info["size"]
-    page = np.asarray(Image.open(pair[0]).convert("RGB"))
+    page = np.asarray(open_image(pair[0])[0])
     y = info["rows"].index(row) * s
     return list(page[y : y + s].reshape(s, -1, s, 3).swapaxes(0, 1)), info["concepts"]
 

@@ -4,27 +4,30 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'OUTCOME', 'BAR', 'working_folder', 'progress', 'note', 'environment', 'PeakMemory', 'is_complete',
-           'publish', 'claim', 'Stream', 'this_kernel', 'execute', 'code_hash', 'begin', 'finish', 'outcome_of',
-           'run_one', 'title_of', 'last_words', 'run_batch', 'report', 'main']
+           'swap_folder', 'publish', 'claim', 'Stream', 'this_kernel', 'execute', 'code_hash', 'begin', 'finish',
+           'outcome_of', 'run_one', 'title_of', 'last_words', 'run_batch', 'report', 'main']
 
-# %% ../../nbs/09_study/02_runs.ipynb #4086e4ef
+# %% ../../nbs/09_study/02_runs.ipynb #51344cf2
 import argparse, os, platform, psutil, re, shutil, subprocess, sys, tempfile, threading, time, traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
-from ..core import human_time, pick_device, read_json, root, sha256_bytes, write_atomic, write_json
+from ..core import human_time, path_of, pick_device, read_json, root, sha256_bytes, sweep
+from ..core import write_atomic, write_json
+from ..processes import interruptible, locked
 from .params import Run, read_runs, replay
 
-# %% ../../nbs/09_study/02_runs.ipynb #516890bf
+# %% ../../nbs/09_study/02_runs.ipynb #24f1461d
 def working_folder(
     run_folder: str | Path,  # the injected parameter; '' when the notebook is opened by hand
 ) -> Path:  # an existing folder; it may hold what an interrupted attempt has left
     "Find the folder that this run works in."
     if not run_folder:
         return Path(tempfile.mkdtemp(prefix="stylelora-"))
-    folder = root() / run_folder
+    folder = root() / path_of(run_folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -114,7 +117,7 @@ class PeakMemory:
                     pass
             self.mb = max(self.mb, total / 1e6)
 
-# %% ../../nbs/09_study/02_runs.ipynb #1e74f493
+# %% ../../nbs/09_study/02_runs.ipynb #a0777f77
 def is_complete(
     folder: str | Path,  # the final folder of a run
 ) -> bool:  # True if nothing has to be done
@@ -123,45 +126,54 @@ def is_complete(
         manifest = read_json(Path(folder) / "manifest.json")
     except (OSError, ValueError):
         return False
-    if manifest.get("status") != "complete":
+    if not isinstance(manifest, dict) or manifest.get("status") != "complete":
         return False
-    files = {Path(folder) / name: size for name, size in manifest["files"].items()}
+    files = {Path(folder) / name: size for name, size in manifest.get("files", {}).items()}
     return all(f.is_file() and f.stat().st_size == size for f, size in files.items())
 
-# %% ../../nbs/09_study/02_runs.ipynb #f35b7a80
+# %% ../../nbs/09_study/02_runs.ipynb #e3ba2d6b
+def swap_folder(
+    new: Path,  # finished folder, on the disk of the final one
+    final: Path,  # the name it gets
+) -> Path:  # the final folder
+    "Put a finished folder in the place of an old one."
+    stale = final.with_name(f".{final.name}.stale")
+    shutil.rmtree(stale, ignore_errors=True)
+    if final.exists():
+        final.rename(stale)
+    new.rename(final)
+    shutil.rmtree(stale, ignore_errors=True)
+    return final
+
+# %% ../../nbs/09_study/02_runs.ipynb #276a289d
 def publish(
     work: Path,  # the partial folder
     final: Path,  # the name it gets
     manifest: dict,  # dictionary that is completed and written
 ) -> Path:  # the final folder
     "Write the manifest and give the folder its final name, in this order."
-    for leftover in ("error.txt", "lock.json", "manifest.json"):
+    for leftover in ("error.txt", "manifest.json"):
         (work / leftover).unlink(missing_ok=True)
+    for folder in (work, *(d for d in work.rglob("*") if d.is_dir())):
+        sweep(folder)
     files = {str(f.relative_to(work)): f.stat().st_size for f in sorted(work.rglob("*")) if f.is_file()}
     write_json(work / "manifest.json", manifest | dict(status="complete", files=files))
-    stale = final.with_name(f".{final.name}.stale")
-    shutil.rmtree(stale, ignore_errors=True)
-    if final.exists():
-        final.rename(stale)  # an incomplete or outdated one steps aside
-    work.rename(final)
-    shutil.rmtree(stale, ignore_errors=True)
-    return final
+    return swap_folder(work, final)
 
-# %% ../../nbs/09_study/02_runs.ipynb #c2a30bb6
+# %% ../../nbs/09_study/02_runs.ipynb #49d01d9e
+@contextmanager
 def claim(
-    work: Path,  # partial folder, made if missing
-):
-    "Take a partial folder for this process, or say who has it."
-    work.mkdir(parents=True, exist_ok=True)
-    lock, me = work / "lock.json", psutil.Process()
-    try:
-        owner = read_json(lock)
-        alive = psutil.Process(owner["pid"]).create_time() == owner["started"]
-    except (OSError, ValueError, KeyError, psutil.Error):
-        alive = False
-    if alive and owner["pid"] != me.pid:
-        raise RuntimeError(f"{work.name} is being executed by process {owner['pid']}; wait or stop it")
-    write_json(lock, dict(pid=me.pid, started=me.create_time()))
+    work: Path,  # partial folder
+    say: Callable = print,  # called with a line of text, if somebody else has it
+) -> Iterator[None]:
+    "Have a partial folder for this process alone; wait for whoever has it."
+
+    def busy(owner):
+        name = work.stem.removeprefix(".")
+        say(f"{name} is being executed by process {owner}; waiting until that is done")
+
+    with locked(work.with_suffix(".lock"), busy):
+        yield
 
 # %% ../../nbs/09_study/02_runs.ipynb #4f420f64
 class Stream:
@@ -190,13 +202,13 @@ class Stream:
     def flush(self):
         "Do nothing: lines are passed on as they end."
 
-# %% ../../nbs/09_study/02_runs.ipynb #50b3415f
+# %% ../../nbs/09_study/02_runs.ipynb #1d3491a2
 def this_kernel():
     "Make a kernel manager class that always starts the running interpreter."
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"]
+    argv = [sys.executable, "-m", "stylelora.processes", "-f", "{connection_file}", "--log-level=50"]
     spec = KernelSpec(argv=argv, display_name="this python", language="python")
     return type("ThisKernel", (AsyncKernelManager,), dict(kernel_spec=property(lambda self: spec)))
 
@@ -280,7 +292,22 @@ def _first_line(error):
     text = f"{error.ename}: {error.evalue}" if named else f"{type(error).__name__}: {error}"
     return text.strip().splitlines()[0][:300]
 
-# %% ../../nbs/09_study/02_runs.ipynb #c2f7e6a6
+# %% ../../nbs/09_study/02_runs.ipynb #4f9c13cd
+def _run_claimed(run, final, work, stream):
+    "Execute a run whose partial folder is ours."
+    seconds = 0.0
+    try:
+        manifest, start = begin(run, work), time.perf_counter()
+        with PeakMemory() as peak:
+            execute(run, work, stream)
+        seconds = time.perf_counter() - start
+        publish(work, final, finish(manifest, work, seconds, peak.mb))
+    except Exception as e:
+        write_atomic(work / "error.txt", traceback.format_exc())
+        return outcome_of(run, "failed", seconds, _first_line(e))
+    return outcome_of(run, "done", seconds)
+
+# %% ../../nbs/09_study/02_runs.ipynb #3cb77443
 def run_one(
     run: Run,  # what to execute
     folder: str | Path,  # where the folders of runs are
@@ -293,19 +320,11 @@ def run_one(
     final, work = Path(folder) / run.id, Path(folder) / f".{run.id}.partial"
     if not force and (run.id in done or is_complete(final)):
         return outcome_of(run, "skipped")
-    seconds = 0.0
-    try:
-        claim(work)
-        manifest, start = begin(run, work), time.perf_counter()
-        with PeakMemory() as peak:
-            execute(run, work, Stream(say, on_progress))
-        seconds = time.perf_counter() - start
-        publish(work, final, finish(manifest, work, seconds, peak.mb))
-    except Exception as e:
-        if work.exists():
-            write_atomic(work / "error.txt", traceback.format_exc())
-        return outcome_of(run, "failed", seconds, _first_line(e))
-    return outcome_of(run, "done", seconds)
+    with claim(work, say):
+        if not force and is_complete(final):  # whoever had it has done it
+            return outcome_of(run, "skipped")
+        work.mkdir(parents=True, exist_ok=True)
+        return _run_claimed(run, final, work, Stream(say, on_progress))
 
 # %% ../../nbs/09_study/02_runs.ipynb #a2085e8e
 def title_of(
@@ -322,7 +341,7 @@ def last_words(
     "Say how one run went."
     return f"{outcome['status']:>7}  {title_of(run)}  " + (outcome["error"] or human_time(outcome["seconds"]))
 
-# %% ../../nbs/09_study/02_runs.ipynb #7e366885
+# %% ../../nbs/09_study/02_runs.ipynb #9ff3c5ee
 OUTCOME = "id experiment recipe label status seconds error".split()  # columns of the table of outcomes
 BAR = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]{postfix}"  # how the progress bar is written
 
@@ -334,7 +353,7 @@ def run_batch(
     **how,  # passed to `run_one`: force, done
 ) -> pd.DataFrame:  # one row per run, see `outcome_of`
     "Execute runs one after the other; go on after a failure."
-    folder = Path(folder or root() / "reports" / "runs" / "_sweep")
+    folder = path_of(folder or root() / "reports" / "runs" / "_sweep")
     unique, outcomes = {r.id: r for r in runs}, []
     with tqdm(total=len(unique), bar_format=BAR) as bar:
         for k, run in enumerate(unique.values()):
@@ -383,7 +402,7 @@ def main(
     args = parser.parse_args(argv)
     return _execute(args, *_read_all(args.files, args.replay))
 
-# %% ../../nbs/09_study/02_runs.ipynb #cbe84412
+# %% ../../nbs/09_study/02_runs.ipynb #d4f923d5
 def _execute(args, runs, wrong):
     "Carry out a command whose files have been read, and return its status."
     if wrong or not runs:
@@ -393,6 +412,7 @@ def _execute(args, runs, wrong):
         for r in runs:
             print(f"{r.id}  {r.notebook}  {r.label}")
         return 0
-    outcomes = run_batch(runs, args.folder, force=args.force)
+    with interruptible():
+        outcomes = run_batch(runs, args.folder, force=args.force)
     print(report(outcomes))
     return int((outcomes.status == "failed").any())

@@ -6,26 +6,28 @@
 __all__ = ['thin_curve', 'store_history', 'store_pictures', 'pictured', 'drop_pictures', 'owned', 'drop_unplanned', 'gather',
            'lighter', 'figure_of', 'lean_outputs', 'show_notebook', 'reading_runs', 'publish', 'run_study']
 
-# %% ../../nbs/09_study/07_study.ipynb #79df1831
-import base64, io, re, shutil
+# %% ../../nbs/09_study/07_study.ipynb #5bc28948
+import base64, io, re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from ..core import hash_files, read_json, root, write_atomic, write_json
+from ..core import hash_files, path_of, read_json, root, write_atomic, write_json
+from ..pictures import open_image
 from .params import Run, complete_parameters, declared
 from stylelora.study.plan import (
     announce,
+    check_runs,
     inputs_of,
     known_runs,
     plan_runs,
-    read_plans,
     read_profile,
     store_plan,
 )
-from .results import append_results, append_runs, wanted_rows, write_table
-from .runs import is_complete, report, run_batch
+from .results import append_results, append_runs, changing, read_plans, read_table
+from .results import wanted_rows, write_table
+from .runs import OUTCOME, is_complete, outcome_of, report, run_batch
 
 # %% ../../nbs/09_study/07_study.ipynb #2c75a84b
 def thin_curve(
@@ -40,7 +42,7 @@ def thin_curve(
     how = {c: "mean" if c in ("loss", "grad_norm") else "last" for c in curve}
     return curve.groupby(ends[::-1].cumsum()[::-1], sort=False).agg(how).reset_index(drop=True)
 
-# %% ../../nbs/09_study/07_study.ipynb #d0293459
+# %% ../../nbs/09_study/07_study.ipynb #64e62c2f
 def store_history(
     ids: Collection,  # identities of training runs whose folders are here
     runs: str | Path,  # folder where the folders of runs are
@@ -49,9 +51,9 @@ def store_history(
 ):
     "Gather the training curves, thinned."
     path = Path(results) / "history.parquet"
-    new = [pd.read_parquet(Path(runs) / i / "history.parquet").assign(run_id=i) for i in ids]
+    new = [read_table(Path(runs) / i / "history.parquet").assign(run_id=i) for i in ids]
     new = [t.drop(columns="images_per_s", errors="ignore") for t in new]  # how fast is in the manifest
-    old = pd.read_parquet(path) if path.exists() else pd.DataFrame(dict(run_id=[]))
+    old = read_table(path) if path.exists() else pd.DataFrame(dict(run_id=[]))
     table = pd.concat([t for t in (old[~old.run_id.isin(ids)], *new) if len(t)] or [old])
     if not len(table):
         return
@@ -60,7 +62,7 @@ def store_history(
         table = pd.concat([thin_curve(t) for _, t in table.groupby("run_id")], ignore_index=True)
     write_table(table, path, table.select_dtypes("floating").columns, bits=11)  # losses differ little
 
-# %% ../../nbs/09_study/07_study.ipynb #29a8197d
+# %% ../../nbs/09_study/07_study.ipynb #5e1632dc
 def store_pictures(
     ids: Collection,  # identities of runs whose folders are here
     runs: str | Path,  # folder where the folders of runs are
@@ -71,9 +73,10 @@ def store_pictures(
         for name in ("sheet", "progress"):
             if not (source := Path(runs) / i / f"{name}.png").exists():
                 continue
-            Image.open(source).convert("RGB").save(raw := io.BytesIO(), "WEBP", quality=50, method=6)
+            open_image(source)[0].save(raw := io.BytesIO(), "WEBP", quality=50, method=6)
             write_atomic(Path(results) / "pictures" / f"{i}-{name}.webp", raw.getvalue())
-            shutil.copyfile(source.with_suffix(".json"), Path(results) / "pictures" / f"{i}-{name}.json")
+            described = source.with_suffix(".json").read_bytes()
+            write_atomic(Path(results) / "pictures" / f"{i}-{name}.json", described)
 
 # %% ../../nbs/09_study/07_study.ipynb #6a68d576
 def _meets(run, wanted):
@@ -117,53 +120,59 @@ def owned(
     others = [r["id"] for rows in plans.values() for r in rows]
     return mine.difference(others)
 
-# %% ../../nbs/09_study/07_study.ipynb #36d2a41b
+# %% ../../nbs/09_study/07_study.ipynb #f94b05b4
 def drop_unplanned(
     path: Path,  # parquet file with a column run_id
     keep: Collection,  # identities that belong to some plan
 ):
     "Drop the rows of runs that no profile knows any more."
-    if not path.exists() or "run_id" not in (table := pd.read_parquet(path)):
+    if not path.exists() or "run_id" not in (table := read_table(path)):
         return
     if table.run_id.isin(keep).all():
         return
     table = table[table.run_id.isin(keep)]
     write_table(table, path, table.select_dtypes("float32").columns, bits=11)  # they are rounded already
 
-# %% ../../nbs/09_study/07_study.ipynb #47804f8f
+# %% ../../nbs/09_study/07_study.ipynb #9a9d66f7
 def gather(
     profile: dict,  # from `read_profile`
     plan: list,  # list of Run
     runs: str | Path,  # folder where the folders of runs are
     results: str | Path,  # folder of results
 ):
+    "Gather what the complete runs of a plan have left, while nobody else changes the results."
+    here = [r.id for r in plan if is_complete(Path(runs) / r.id)]
+    with changing(results):
+        _gather(profile, plan, here, Path(runs), Path(results))
+
+# %% ../../nbs/09_study/07_study.ipynb #a32bb1d4
+def _gather(profile, plan, here, runs, results):
     "Gather what the complete runs of a plan have left."
     keep = store_plan(profile, plan, results)
-    here = [r.id for r in plan if is_complete(Path(runs) / r.id)]
-    path = Path(results) / f"{profile['experiment']}.parquet"
-    tables = [pd.read_parquet(f) for i in here for f in (Path(runs) / i).glob("results.parquet")]
+    path = results / f"{profile['experiment']}.parquet"
+    tables = [read_table(f) for i in here for f in (runs / i).glob("results.parquet")]
     if tables:
         rows = wanted_rows(pd.concat(tables), profile["metrics"], path)
         if len(rows):
             append_results(rows, results)
     if here:
-        append_runs([read_json(Path(runs) / i / "manifest.json") for i in here], results)
-    for file in (path, Path(results) / "runs.parquet"):
+        append_runs([read_json(runs / i / "manifest.json") for i in here], results)
+    for file in (path, results / "runs.parquet"):
         drop_unplanned(file, keep)
-    store_history([i for i in here if (Path(runs) / i / "history.parquet").exists()], runs, results, keep)
+    store_history([i for i in here if (runs / i / "history.parquet").exists()], runs, results, keep)
     wanted = pictured(plan, profile["pictures"])
     mine = owned(profile["name"], results) & {r.id for r in plan if r.notebook == profile["evaluator"]}
     store_pictures([i for i in here if i in wanted], runs, results)
     drop_pictures(results, keep - mine | wanted)
 
-# %% ../../nbs/09_study/07_study.ipynb #9355dfed
+# %% ../../nbs/09_study/07_study.ipynb #639a2d6f
 def lighter(
     png: str,  # base64 text of a PNG
     limit: int = 12_000,  # characters that are allowed
     palettes: tuple = (256, 64, 32),  # numbers of colours to try, at each size
 ) -> str:  # the same picture with a palette, and smaller if it must be
     "Reduce a picture to a palette, and its size only where that is not enough."
-    page = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    page, _ = open_image(io.BytesIO(base64.b64decode(png)))
     for side in 0.9 ** np.arange(12):
         part = page.resize([round(side * n) for n in page.size], Image.LANCZOS)
         for colours in palettes:
@@ -235,7 +244,7 @@ def show_notebook(
         cell["source"] = text
     write_json(target, nb)
 
-# %% ../../nbs/09_study/07_study.ipynb #4aa53332
+# %% ../../nbs/09_study/07_study.ipynb #8640de57
 def reading_runs(
     profile: dict,  # from `read_profile`
     results: str | Path,  # folder of results
@@ -246,10 +255,12 @@ def reading_runs(
     marks = {n: hash_files(results / n)[:16] for n in names if (results / n).exists()}
     where = str(results.relative_to(root()) if results.is_relative_to(root()) else results)
     passed = dict(results=where, profile=profile["name"])  # to notebooks that ask for them
+    only = dict(profile=profile["name"]) if profile.get("own") else {}  # it reads no other's rows
 
     def run(notebook, **more):
         known = declared(root() / notebook)
         given = {k: v for k, v in passed.items() if k in known} | more
+        given |= {k: v for k, v in only.items() if k in known}
         given = complete_parameters(root() / notebook, given, Path(notebook).name)
         inputs = marks if "results" in known else inputs_of(given)
         inputs = inputs | dict(notebook=hash_files(root() / notebook)[:16])
@@ -271,7 +282,7 @@ def _is_shown(
     own = trained and not profile["trainings"] and profile["pictures"] is not False
     return bool(own) and run.recipe == trained[0]
 
-# %% ../../nbs/09_study/07_study.ipynb #eab4f032
+# %% ../../nbs/09_study/07_study.ipynb #11f1e2a2
 def publish(
     profile: dict,  # from `read_profile`
     plan: list,  # of Run, with the reading ones
@@ -294,7 +305,7 @@ def publish(
             page = out / "runs" / profile["experiment"] / f"{name}.ipynb"
             show_notebook(folder / "notebook.ipynb", page, recipe)
 
-# %% ../../nbs/09_study/07_study.ipynb #b07e912e
+# %% ../../nbs/09_study/07_study.ipynb #a6857db1
 def _carry_out(
     profile,  # from `read_profile`
     out,  # folder for results, figures and runs
@@ -305,13 +316,13 @@ def _carry_out(
 ) -> pd.DataFrame:  # outcomes, see `run_batch`
     "Carry out a profile that has no parts."
     plan, runs, results = plan_runs(profile), out / "runs" / "_sweep", out / "results"
-    reading_runs(profile, results)  # checks their parameters
     done = known_runs(plan, results, runs) if profile["trust"] and not force else set()
     todo = [r for r in plan if r.id not in done and (force or not is_complete(runs / r.id))]
+    check_runs(todo, f"{profile['name']}.yaml")
+    reading_runs(profile, results)  # checks their parameters
     say(announce(profile, plan, todo, results))
     if dry:
-        rows = [dict(id=r.id, recipe=r.recipe, label=r.label) for r in todo]
-        return pd.DataFrame(rows, columns=["id", "recipe", "label"]).assign(status="planned")
+        return pd.DataFrame([outcome_of(r, "planned") for r in todo], columns=OUTCOME)
     try:
         outcomes = [batch(plan, runs, say=say, force=force, done=done)]
     finally:
@@ -321,9 +332,9 @@ def _carry_out(
     publish(profile, plan + readers, runs, out)
     return pd.concat(outcomes, ignore_index=True)
 
-# %% ../../nbs/09_study/07_study.ipynb #cc0df916
+# %% ../../nbs/09_study/07_study.ipynb #d978e2be
 def run_study(
-    profile: str = "study",  # name of a profile
+    profile: str = "study",  # name of a profile, or its file
     params: str | Path | None = None,  # where profiles are; reports/params if None
     out: str | Path | None = None,  # another folder for results, figures and runs
     say: Callable = print,  # where words go
@@ -334,9 +345,12 @@ def run_study(
     "Carry out a profile: train, evaluate, gather, read, publish."
     p = read_profile(profile, params)
     if p["parts"]:
-        tables = [run_study(part, params, out, say, dry, force, batch) for part in p["parts"]]
+        tables = [run_study(part, p["folder"], out, say, dry, force, batch) for part in p["parts"]]
         return pd.concat(tables, ignore_index=True)
-    table = _carry_out(p, Path(out) if out else root() / p["out"], say, dry, force, batch)
+    place = path_of(out) if out else root() / path_of(p["out"])
+    if p["own"] and p["out"].startswith("reports/own/") and not out:
+        say(f"{p['name']} is no published profile: its results go to {p['out']}")
+    table = _carry_out(p, place, say, dry, force, batch)
     if not dry:
         say(report(table))
     return table

@@ -84,14 +84,15 @@ def work():
         except KeyboardInterrupt:
             return
 
-# %% ../../nbs/09_study/03_workers.ipynb #9bab757f
+# %% ../../nbs/09_study/03_workers.ipynb #b2ab7bd0
 @contextmanager
 def worker(
     threads: int,  # of the worker's kernels
 ) -> Iterator[subprocess.Popen]:  # the process
     "Start a worker, and end it with the block."
     env = os.environ | {f"{k}_NUM_THREADS": str(threads) for k in ("OMP", "MKL", "OPENBLAS")}
-    code = "from stylelora.study.workers import work; work()"
+    code = f"from stylelora.processes import end_with_parent; end_with_parent({os.getpid()})\n"
+    code += "from stylelora.study.workers import work; work()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     p = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=root(), **pipes)
     try:

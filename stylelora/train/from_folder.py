@@ -5,64 +5,79 @@
 # %% auto #0
 __all__ = ['read_checked', 'encode_pictures', 'places_of', 'clear', 'Trained', 'train_folder']
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #1bcfb798
+# %% ../../nbs/05_train/04_from_folder.ipynb #1dfa76c6
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
 from ..adapters.files import target_of
-from ..data.folder import LatentCache, Pictures, hold_out, read_folder
+from ..core import path_of
+from ..data.folder import LatentCache, Pictures, add_problems, hold_out, read_folder
+from ..data.prepare import SIDES, mirror
+from ..data.prompts import check_captions, describe_call
 from ..models.base import Base
 from ..noise.objective import Objective
 from .checkpoint import Processes
-from .loop import CHECKPOINT, train
+from .loop import CHECKPOINT, alone_in, train
 from .step import TrainConfig
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #ce0179d9
+# %% ../../nbs/05_train/04_from_folder.ipynb #66d3e2e0
 def read_checked(
     folder: str | Path,  # pictures and captions
-    base: Base,  # decides the size of the pictures and how long a caption may be
+    base: Base,  # decides the size of the pictures, and what a caption may be
     on_pictures: Callable | None = None,  # called with the Pictures, errors and all
-    **how: object,  # flip, template and style of `read_folder`
+    template: str = "{caption}",  # how captions are made, see `data.captions.fill`
+    style: str = "",  # word for the style, {style} in the template
+    flip: bool = False,  # whether mirror images will be shown too
 ) -> Pictures:  # without errors
     "Read a folder, show what was found, and refuse errors."
-    pictures = read_folder(folder, base.size, base=base, **how)
+    pictures = read_folder(folder, base.size, template, style, base)
+    rows = check_captions(base, pictures.captions, template, style)
+    if flip and (sided := [c for c in pictures.captions if SIDES.search(c)]):
+        rows.append(("note", f"{len(sided)} pictures are never mirrored, such as {sided[0]!r}", ""))
+    add_problems(pictures, rows).call = describe_call(base, pictures.captions, template, style)
     if on_pictures:
         on_pictures(pictures)
     return pictures.refuse_errors()
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #e65b51aa
+# %% ../../nbs/05_train/04_from_folder.ipynb #0c4c434e
 def encode_pictures(
     base: Base,  # whose autoencoder and text encoder are used
     pictures: Pictures,  # n pictures
     n_val: int = 0,  # how many to hold out
     seed: int = 0,  # decides which
-) -> tuple:  # pair of latents and text embeddings to train on; the same of the held-out ones, or None
-    "Encode pictures and captions, and divide them."
+    flip: bool = False,  # encode mirror images too, of those that are trained on
+) -> (
+    tuple
+):  # pair of latents and text embeddings; the same of held-out ones or None; mirrored latents or None
+    "Divide pictures and captions, then encode them."
     used, held = hold_out(len(pictures.images), n_val, seed)
-    cache = LatentCache(base)
+    cache, mirrored = LatentCache(base), None
     z, c = cache.latents(pictures.images), cache.contexts(pictures.captions)
+    if flip:
+        turned, _, _ = mirror(pictures.images[used], [pictures.captions[i] for i in used], p=1)
+        mirrored = cache.latents(turned)
     val = (z[held], c[held]) if held else None
-    return (z[used], c[used]), val
+    return (z[used], c[used]), val, mirrored
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #e805914f
+# %% ../../nbs/05_train/04_from_folder.ipynb #237fb18e
 def places_of(
     out: str | Path,  # file of the adapter, or a folder for it
     work: str | Path | None = None,  # folder of the checkpoints; None: beside the adapter
     force: bool = False,  # replace an adapter that is there
 ) -> tuple:  # the file that will be written, and the folder of its checkpoints
     "Say where a training leaves what it makes."
-    file = target_of(Path(out).expanduser(), force=force)
-    folder = file.with_suffix(".work") if work is None else Path(work)
-    return file, folder.expanduser()
+    file = target_of(out, force=force)
+    return file, file.with_suffix(".work") if work is None else path_of(work)
 
 
 def clear(
     folder: Path,  # of the checkpoints
+    keep: bool = False,  # they were asked for
 ):
     "Remove what a training has left there; anything else stays, and then the folder does too."
-    if Processes().main:
+    if Processes().main and not keep:
         (folder / CHECKPOINT).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -81,29 +96,29 @@ class Trained:
         "Return the table of what was found in the folder."
         return self.pictures.problems
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #86a8f6ba
+# %% ../../nbs/05_train/04_from_folder.ipynb #952c2fdf
 def train_folder(
     base: Base,  # the model; its U-Net carries the adapter afterwards
     folder: str | Path,  # pictures and captions
     out: str | Path,  # file of the adapter, or a folder for it
     config: TrainConfig = TrainConfig(),  # parameters; its seed also decides what is held out
     objective: Objective | None = None,  # of the recipe; None: what the base was trained with
-    template: str = "{caption}",  # how captions are made, see `data.folder.fill`
+    template: str = "{caption}",  # how captions are made, see `data.captions.fill`
     style: str = "",  # word for the style, {style} in the template
-    flip: bool = False,  # add the mirror image of every picture
+    flip: bool = False,  # show each picture mirrored half of the time
     n_val: int = 0,  # pictures to hold out for a validation loss
     work: str | Path | None = None,  # checkpoints go and stay here; None: beside `out` until it is done
     force: bool = False,  # replace an adapter that is there
     on_pictures: Callable | None = None,  # called with the Pictures before errors are refused
-    **watch: object,  # on_step, on_sample and progress of `train`
+    **more: object,  # init, progress and the functions of `Watch`
 ) -> Trained:  # file, history, pictures and their problems
     "Train an adapter on a folder of pictures; the same call goes on after an interruption."
     file, checkpoints = places_of(out, work, force)
-    pictures = read_checked(folder, base, on_pictures, flip=flip, template=template, style=style)
-    checkpoints.mkdir(parents=True, exist_ok=True)  # an error here costs nothing yet
-    data, val = encode_pictures(base, pictures, n_val, config.seed)
-    told = dict(folder=checkpoints, out=file, manifest=dict(pictures=pictures.hash))
-    history = train(base, *data, objective, config, val, **told, **watch)
-    if work is None:
-        clear(checkpoints)
+    pictures = read_checked(folder, base, on_pictures, template, style, flip)
+    told = dict(pictures=pictures.hash, call=pictures.call)
+    with alone_in(checkpoints, Processes().main):  # an error here costs nothing yet
+        data, val, mirrored = encode_pictures(base, pictures, n_val, config.seed, flip)
+        more |= dict(folder=checkpoints, out=file, force=force, mirrored=mirrored, manifest=told)
+        history = train(base, *data, objective, config, val, **more)
+        clear(checkpoints, keep=work is not None)
     return Trained(file, history, pictures)

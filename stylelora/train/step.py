@@ -158,7 +158,7 @@ def batch_indices(
     start = first - rounds[0] * n
     return shuffled[start : start + batch_size]
 
-# %% ../../nbs/05_train/01_step.ipynb #71cb628a
+# %% ../../nbs/05_train/01_step.ipynb #d7293493
 @dataclass
 class Draw:
     "Hold what chance decided about a step."
@@ -167,12 +167,14 @@ class Draw:
     eps: torch.Tensor  # noise (b,c,h,w), float32
     t: torch.Tensor  # timesteps of the recipe's schedule (b,), long, always on the cpu
     drop: torch.Tensor  # whether the caption is dropped (b,), bool
+    flip: torch.Tensor  # whether the mirror image is shown (b,), bool
 
     def to(self, device):
         "Move all but the timesteps to a device."
-        return Draw(self.index.to(device), self.eps.to(device), self.t, self.drop.to(device))
+        index, eps, drop, flip = (x.to(device) for x in (self.index, self.eps, self.drop, self.flip))
+        return Draw(index, eps, self.t, drop, flip)
 
-# %% ../../nbs/05_train/01_step.ipynb #9fedd628
+# %% ../../nbs/05_train/01_step.ipynb #2db59016
 def draw_step(
     step: int,  # step number
     n: int,  # number of pictures
@@ -182,12 +184,14 @@ def draw_step(
 ) -> Draw:  # a function of seed and step, equal on every machine
     "Draw everything that chance decides about a step."
     b, seed = config.batch_size, config.seed
-    noise, time, caption = (generator(kind, seed, step) for kind in ("noise", "timestep", "caption"))
+    kinds = ("noise", "timestep", "caption", "mirror")
+    noise, time, caption, coin = (generator(kind, seed, step) for kind in kinds)
     return Draw(
         batch_indices(step, n, b, seed),
         torch.randn(b, *shape, generator=noise),
         sample_t(probs, b, time, config.stratified),
         torch.rand(b, generator=caption) < config.caption_dropout,
+        torch.rand(b, generator=coin) < 0.5,
     )
 
 # %% ../../nbs/05_train/01_step.ipynb #37df7ce0

@@ -335,7 +335,7 @@ def test_a_training_that_was_stopped_goes_on(capsys, tmp_path, pictures, monkeyp
     with monkeypatch.context() as m:
         m.setattr(stylelora.train.loop, "after_step", pulled)
         assert main([*words, str(part)]) == 130
-    assert not part.exists() and (tmp_path / "part.work" / "checkpoint.safetensors").exists()
+    assert not part.exists() and (tmp_path / "part.work" / "stylelora-training.safetensors").exists()
     capsys.readouterr()
     assert "another training" in fails(capsys, *words, part, "--seed", 1)
     steps = []
@@ -347,7 +347,8 @@ def test_a_training_that_was_stopped_goes_on(capsys, tmp_path, pictures, monkeyp
         )
         assert main([*words, str(part)]) == 0
     assert steps == [7, 8] and part.read_bytes() == whole.read_bytes()
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["part.safetensors", "whole.safetensors"]
+    made = ["part.safetensors", "part_report", "whole.safetensors", "whole_report"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == made
 
 
 def test_nothing_is_replaced_or_computed_in_vain(capsys, tmp_path, pictures, monkeypatch):
@@ -369,3 +370,48 @@ def test_nothing_is_replaced_or_computed_in_vain(capsys, tmp_path, pictures, mon
         == 0
     )
     assert file.read_bytes() != b"hours of work"
+
+
+def test_evaluate_frames_an_adapter_between_the_base_and_the_pictures(
+    capsys, tmp_path, pictures, monkeypatch
+):
+    from stylelora.measure import card
+
+    def vectors(x):  # judges of a toy world: colours are style, brightness is content
+        import torch
+
+        flat = torch.from_numpy(x.reshape(len(x), -1, 3).astype("float32")).mean(1) / 255 + 0.1
+        return torch.nn.functional.normalize(flat, dim=1)
+
+    monkeypatch.setattr(
+        card, "judges_for", lambda base, folder=None: card.Judges(vectors, vectors, None, "toy")
+    )
+    made, table = tmp_path / "a.safetensors", tmp_path / "e.csv"
+    assert main(["train", str(pictures), "--base", "tiny", "--train-steps", "2", "--out", str(made)]) == 0
+    words = [
+        "evaluate",
+        str(made),
+        "--data",
+        str(pictures),
+        "--base",
+        "tiny",
+        "--n",
+        "2",
+        "--out",
+        str(table),
+    ]
+    assert main([*words, "--lora-scale", "0.5", "--lora-scale", "1"]) == 0
+    rows = __import__("pandas").read_csv(table)
+    assert rows.name.tolist() == [
+        "the bare base",
+        "a, strength 0.5",
+        "a, strength 1",
+        "the pictures themselves",
+    ]
+    assert (
+        rows.style_share.iloc[0] == 0
+        and rows.style_share.iloc[-1] == 1
+        and table.with_suffix(".html").exists()
+    )
+    capsys.readouterr()
+    assert "not a finite number" in fails(capsys, *words, "--lora-scale", "nan", code=2)

@@ -23,7 +23,9 @@ def fails(capsys, *words):
     "Run a command that must refuse in one line."
     assert main([str(w) for w in words]) in (1, 2)
     said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if line and "step/s" not in line]  # progress of a walk that broke
+    lines = [
+        line for line in said.splitlines() if line and "step/s" not in line
+    ]  # progress of a walk that broke
     assert len(lines) == 1 and lines[0].startswith("stylelora: "), said
     return lines[0]
 

@@ -76,6 +76,18 @@ def test_all_files_hold_the_same_adapter(mine):
         assert max((other[n] - w).abs().max() for n, w in weights[0].items()) < 1e-6
 
 
+def test_another_training_does_not_replace_it(mine):
+    home, _ = mine
+    given = dict(
+        folder=str(home / "pictures"), base="tiny", rank=2, word="so z w", out=str(home / "out"), device="cpu"
+    )
+    before = (home / "out" / "my_style.safetensors").read_bytes()
+    with pytest.raises(Exception, match="my_style.safetensors exists already; choose another name"):
+        run(home, train_steps=5, **given)
+    run(home, train_steps=4, **given)  # the same again is no other one
+    assert (home / "out" / "my_style.safetensors").read_bytes() == before
+
+
 def test_captions_are_file_names_and_the_word(mine):
     home, said = mine
     manifest = read_adapter(home / "out" / "my_style.safetensors").manifest

@@ -67,7 +67,7 @@ def test_sampler_study_and_sweep_use_the_same_adapter(study):
     assert set(outcomes.status) <= {"done", "skipped"}, outcomes.to_string()
     plans = [plan_runs(read_profile(f"smoke_{e}")) for e in ("E2", "E3")]
     assert {trained(study).name} == {r.id for p in plans for r in p if Path(r.notebook).stem == "train"}
-    names = "e2-cost.svg e2-strip.webp e2-matrix.webp e2-interaction.svg e2-pareto.svg e3-adapter_scale.svg e3-adapter_scale.webp".split()
+    names = "e2-cost.svg e2-strip.webp e2-matrix.webp e2-interaction.svg e2-pareto.svg e3-lora_scale.svg e3-lora_scale.webp".split()
     assert not [f for f in names if not (study / "figures" / f).stat().st_size]
 
 
@@ -108,7 +108,7 @@ def test_a_killed_study_ends_with_the_same_adapter(study, tmp_path):
     )
     half = trained(tmp_path).parent
     for _ in range(600):  # until the training has left a checkpoint, or is over
-        if run.poll() is not None or list(half.glob(f".{trained(tmp_path).name}*/checkpoint*")):
+        if run.poll() is not None or list(half.glob(f".{trained(tmp_path).name}*/*training*")):
             break
         time.sleep(0.2)
     os.killpg(run.pid, signal.SIGKILL) if run.poll() is None else None

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-ADAPTER, CHECKPOINT, STEPS = "pytorch_lora_weights.safetensors", "checkpoint.safetensors", 12
+ADAPTER, CHECKPOINT, STEPS = "pytorch_lora_weights.safetensors", "stylelora-training.safetensors", 12
 HEAVY = [
     "stylelora.train.loop",
     "diffusers.models.unets.unet_2d_condition",
@@ -67,8 +67,8 @@ def child(log, folder, die_at, how):
         print("step", row["step"], flush=True)
         if row["step"] == die_at and how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if row["step"] == die_at and how == "interrupt":
-            os.kill(os.getpid(), signal.SIGINT)
+        if row["step"] == die_at and how in ("interrupt", "terminate"):
+            os.kill(os.getpid(), signal.SIGINT if how == "interrupt" else signal.SIGTERM)
 
     if how == "kill while writing":
         os.replace = _deadly(os.replace, die_at)
@@ -143,18 +143,20 @@ def test_killed_while_the_checkpoint_is_written(whole, tmp_path):
     assert (
         run(tmp_path, 1, "kill while writing")[0] == -signal.SIGKILL
     )  # the second checkpoint is never put in place
-    left = [f.name for f in tmp_path.iterdir()]
+    left = {f.name for f in tmp_path.iterdir()} - {".lock"}
     assert (
         CHECKPOINT in left and ADAPTER not in left and len(left) == 2
-    )  # the old one, and a hidden temporary file
+    )  # the old one, and a hidden neighbour
     status, said = run(tmp_path)
     assert status == 0, said
     assert "step 4\n" in said and "step 3\n" not in said
     assert (tmp_path / ADAPTER).read_bytes() == whole
+    assert {f.name for f in tmp_path.iterdir()} == {CHECKPOINT, ADAPTER}  # what was half written is swept
 
 
-def test_ctrl_c_keeps_the_step_and_says_so(whole, tmp_path):
-    status, said = run(tmp_path, 5, "interrupt")
+@pytest.mark.parametrize("how", ["interrupt", "terminate"])
+def test_ctrl_c_and_sigterm_keep_the_step_and_say_so(how, whole, tmp_path):
+    status, said = run(tmp_path, 5, how)
     assert status != 0 and f"stopped after step 5 of {STEPS}; the same call goes on here" in said, said
     assert "step 6\n" not in said and (tmp_path / CHECKPOINT).exists()
     status, said = run(tmp_path)
@@ -168,7 +170,10 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_cure(tmp_path):
     good = file.read_bytes()
     middle = bytearray(good)
     middle[len(good) * 3 // 4] ^= 16  # one bit, far from the header
-    for bad in (good[: len(good) // 2], bytes(middle), b""):
+    step = good.index(b'"step\\": ') + len(b'"step\\": ')
+    edited = good[:step] + b"9" + good[step + 1 :]  # it says that it stands at another step
+    assert edited != good
+    for bad in (good[: len(good) // 2], bytes(middle), b"", edited):
         file.write_bytes(bad)
         with pytest.raises(ValueError, match="damaged.*delete it to start this training from step 0"):
             training(tmp_path, steps.append)
