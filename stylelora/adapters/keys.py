@@ -299,7 +299,7 @@ _FOREIGN = {  # what a file is -> pattern of a key that gives it away
     "a LoRA for a transformer": rf"^(lora_)?transformer[._]|{_BLOCKS}|{_NO_UNET}",
 }
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #69279af6
+# %% ../../nbs/02_adapters/05_keys.ipynb #ba755d0a
 def refuse_foreign(
     keys: list[str],  # keys of a file
     file: str = "",  # name for messages
@@ -309,11 +309,9 @@ def refuse_foreign(
     for kind, pattern in _FOREIGN.items():
         hits = [k for k in keys if re.search(pattern, k)]
         if hits and kind not in known:
-            raise ValueError(
-                f"{file}: this is {kind} ({len(hits)} of {len(keys)} keys, such as {hits[0]!r}), no "
-                "adapter of a kind that is known here, and cannot be read. Its own tool can merge it into its base; "
-                "stylelora extract then makes a LoRA of the difference"
-            )
+            shown = f"{len(hits)} of {len(keys)} keys, such as {hits[0]!r}"
+            cure = "Its own tool can merge it into its base; stylelora extract then makes a LoRA of the difference"
+            raise ValueError(f"{file}: this is {kind} ({shown}), which cannot be read. {cure}")
 
 # %% ../../nbs/02_adapters/05_keys.ipynb #774159af
 def refuse_unread(
@@ -379,7 +377,7 @@ def _check_layers(found, file):
                 f"{file}: {n} is a {_kind_for(s).title} with a tensor {odd[0]!r} of another kind"
             )
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #b8427a34
+# %% ../../nbs/02_adapters/05_keys.ipynb #050acb57
 def _layer_state(name, s, config, file):
     "Make the state of one layer of its sorted tensors and what the configuration says."
     kind, start = _kind_for(s), kind_by_config(config)
