@@ -56,20 +56,20 @@ report: $(READY)
 
 pretrain: $(READY)
 	@for nb in $(PRETRAIN); do \
-	  $(STEP) "pretrain: $$nb" $(BIN)/python tools/pretrain.py $$nb device=$(DEVICE) $(WITH) || exit 1; done
+	  $(STEP) "pretrain: $$nb" "$(BIN)/python" tools/pretrain.py $$nb device=$(DEVICE) $(WITH) || exit 1; done
 
 # ---- the proof -------------------------------------------------------------------------------------------------
 
 test test-notebooks test-python: export HF_HUB_OFFLINE := 1
 test test-notebooks test-python: export OMP_NUM_THREADS := 1
 test: $(READY) browser lint
-	@$(STEP) "test: is stylelora/ what the notebooks export?" $(BIN)/python -m pytest -q tests/test_sync.py
+	@$(STEP) "test: is stylelora/ what the notebooks export?" "$(BIN)/python" -m pytest -q tests/test_sync.py
 	@$(MAKE) --no-print-directory test-notebooks
 	@$(MAKE) --no-print-directory test-python
 
 lint: $(READY)
-	@$(STEP) "test: lint and format" $(BIN)/ruff check -q
-	@$(STEP) "test: one format" $(BIN)/ruff format -q --check
+	@$(STEP) "test: lint and format" "$(BIN)/ruff" check -q
+	@$(STEP) "test: one format" "$(BIN)/ruff" format -q --check
 
 # The library notebooks test themselves here. The experiment, pretraining and demo notebooks have parameters and take
 # longer: pytest runs those through papermill at toy scale, so that each is executed once and not twice.
@@ -79,7 +79,7 @@ test-notebooks: $(READY)
 
 test-python: $(READY)
 	@$(STEP) "test: pytest (package, style, parity, smoke study, the site in a browser)" \
-	  $(BIN)/python -m pytest -q -rs -n $(TESTS) --dist loadfile tests --ignore=tests/test_sync.py
+	  "$(BIN)/python" -m pytest -q -rs -n $(TESTS) --dist loadfile tests --ignore=tests/test_sync.py
 
 # Chromium for the test of the site: Debian's, where this user may install it. Elsewhere that test skips and says so.
 browser:
@@ -92,15 +92,15 @@ browser:
 # ---- working on it ---------------------------------------------------------------------------------------------
 
 format: $(READY)
-	@$(STEP) "format: notebooks, tests, tools" $(BIN)/ruff format -q
-	@$(STEP) "lint" $(BIN)/ruff check -q --fix
+	@$(STEP) "format: notebooks, tests, tools" "$(BIN)/ruff" format -q
+	@$(STEP) "lint" "$(BIN)/ruff" check -q --fix
 
 export: $(READY)
 	@$(STEP) "export: notebooks to stylelora/" nbdev_export
 	@$(STEP) "export: clean the notebooks' metadata" nbdev_clean
 
 nbs: $(READY)
-	@for nb in $(LIBRARY); do $(STEP) "run $$nb" $(BIN)/python tools/nbtext.py run $$nb || exit 1; done
+	@for nb in $(LIBRARY); do $(STEP) "run $$nb" "$(BIN)/python" tools/nbtext.py run $$nb || exit 1; done
 
 clean:
 	@$(STEP) "clean: remove built files (the environment $(VENV), results and adapters stay)" \

@@ -304,14 +304,14 @@ def register(
 
     return enter
 
-# %% ../nbs/00_tools/01_core.ipynb #f87fcbbc
+# %% ../nbs/00_tools/01_core.ipynb #8f240bc7
 def nearest(
     name: str,  # the name that was not found
     known: Iterable,  # the names that exist
-) -> str:  # such as "; did you mean 'euler'?", or nothing
+) -> str:  # such as " (did you mean 'euler'?)", or nothing
     "Guess which name was meant."
     found = difflib.get_close_matches(str(name), list(map(str, known)), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 # %% ../nbs/00_tools/01_core.ipynb #50891c9d
 def pick(

@@ -126,7 +126,7 @@ class Noise:
         bool, Option("--timestep-remapping", help="Tell the base its own timestep of equal noise.")
     ] = False
 
-# %% ../../nbs/11_apps/04_train.ipynb #c4c33509
+# %% ../../nbs/11_apps/04_train.ipynb #c8a25e40
 def given_of(
     o: Optimisation,  # options of `train`
 ) -> dict:  # parameters of a training that were given, checked
@@ -139,7 +139,10 @@ def given_of(
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"--set {word}: write it as name=value")
-        given[name] = yaml.safe_load(value)
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {word}: {value!r} is no value of YAML") from None
     make_config(**given)
     return given
 
@@ -322,7 +325,7 @@ def _seen(s, found):  # Session, Pictures
     s.pictures = found
     _report(found, s.base.size)
 
-# %% ../../nbs/11_apps/04_train.ipynb #158c6f7b
+# %% ../../nbs/11_apps/04_train.ipynb #782c4f59
 def _write_page(s, done):  # Session, Trained
     "Write table and page beside the adapter; without matplotlib there is no page."
     from stylelora.core import write_atomic

@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'UNREAD', 'UNREAD_TABLE', 'NO_CAPTION', 'square', 'check_im
            'count_cut', 'check_texts', 'Pictures', 'read_folder', 'problem_table', 'add_problems', 'load_images',
            'data_hash', 'hold_out', 'cached', 'LatentCache']
 
-# %% ../../nbs/04_data/01_folder.ipynb #c608e77d
+# %% ../../nbs/04_data/01_folder.ipynb #27916ebc
 import json, re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +16,12 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from ..models.base import Base, count_tokens, encode_image, encode_text
-from ..core import generator, sha256_bytes, write_atomic
+from ..core import generator, path_of, sha256_bytes, write_atomic
 from .captions import EXTENSIONS, TABLES, fields_in, fields_of, fill, is_picture
 from .captions import list_files, list_images, name_key, read_captions, walk
 from ..pictures import open_image
+from ..sealed import seal, unseal
 
 # %% ../../nbs/04_data/01_folder.ipynb #b502f277
 def square(
@@ -261,7 +260,7 @@ def hold_out(
     order = torch.randperm(n, generator=generator("hold out", seed, n)).tolist()
     return sorted(order[n_val:]), sorted(order[:n_val])
 
-# %% ../../nbs/04_data/01_folder.ipynb #d094fbcf
+# %% ../../nbs/04_data/01_folder.ipynb #55f34b84
 def cached(
     folder: str | Path | None,  # folder of the cache, or None
     name: str,  # what decides the content
@@ -270,13 +269,13 @@ def cached(
     "Read a tensor from the cache, or compute and keep it."
     if folder is None:
         return compute().cpu().contiguous()
-    file = Path(folder).expanduser() / f"{sha256_bytes(name)[:40]}.safetensors"
+    file = path_of(folder) / f"{sha256_bytes(name)[:40]}.safetensors"
     try:
-        return load_file(file)["x"]
-    except (FileNotFoundError, SafetensorError):
-        pass  # not there yet, or damaged
+        return unseal(file)[0]["x"]
+    except (FileNotFoundError, ValueError):
+        pass  # not there yet, damaged, or kept by an earlier version without a checksum
     x = compute().cpu().contiguous()
-    write_atomic(file, save({"x": x}))
+    write_atomic(file, seal({"x": x}, {}))
     return x
 
 # %% ../../nbs/04_data/01_folder.ipynb #40a4e7b5

@@ -8,7 +8,7 @@ __all__ = ['USUAL', 'embed_grid', 'remember', 'Judge', 'make_judge', 'memory_sco
            'make_scorers', 'load_scorers', 'Batch', 'finite_psnr', 'clip_content', 'clip_text', 'lite0_style_at_1',
            'usual_scores', 'rows_of', 'fit', 'score_pictures']
 
-# %% ../../nbs/08_measure/07_evaluate.ipynb #cd9bcb7e
+# %% ../../nbs/08_measure/07_evaluate.ipynb #9d17d394
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,8 +16,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from ..core import assets, generator, pick_device, sha256_bytes, write_atomic
 from ..data.grid import Grid, grid_images, load_grid, make_caption
 from .embedders import ClipScorer, Evaluator, content_similarity, style_similarity
@@ -25,6 +23,7 @@ from .retrieval import content_scores, copied, leaked, style_scores, unit
 from .perceptual import Lite0, embed_maps, perceptual
 from .skill import Competitor, competitor, skill_scores
 from .pixels import as_images, psnr, resized, ssim
+from ..sealed import seal, unseal
 
 # %% ../../nbs/08_measure/07_evaluate.ipynb #50215821
 def embed_grid(
@@ -39,7 +38,7 @@ def embed_grid(
         grids[k][present] = np.asarray(v)
     return grids
 
-# %% ../../nbs/08_measure/07_evaluate.ipynb #ef070cc5
+# %% ../../nbs/08_measure/07_evaluate.ipynb #31d50f7a
 def _mark(net):
     "Name a network by its weights."
     weights = getattr(net, "model", net).state_dict().values()
@@ -54,7 +53,7 @@ def _check_names(styles, target, base):
     if target in base:
         raise ValueError(f"{target!r} is a base style; a held-out style is needed")
 
-# %% ../../nbs/08_measure/07_evaluate.ipynb #bbce2c30
+# %% ../../nbs/08_measure/07_evaluate.ipynb #50c9bedc
 def remember(
     embed: Callable,  # function from pictures to a dictionary of tensors
     net: torch.nn.Module,  # network behind it, whose weights name the answers
@@ -69,16 +68,16 @@ def remember(
         name = sha256_bytes(f"{mark} {images.shape} {sha256_bytes(images.tobytes())}")
         file = Path(folder) / f"{name[:40]}.safetensors"
         try:
-            return load_file(file)
-        except (FileNotFoundError, SafetensorError):
+            return unseal(file)[0]
+        except (FileNotFoundError, ValueError):
             pass
         found = {k: torch.as_tensor(v).contiguous() for k, v in embed(images).items()}
-        write_atomic(file, save(found))
+        write_atomic(file, seal(found, {}))
         return found
 
     return recall
 
-# %% ../../nbs/08_measure/07_evaluate.ipynb #cdcd6c93
+# %% ../../nbs/08_measure/07_evaluate.ipynb #891b1911
 @dataclass
 class Judge:
     "Hold the true drawings of some concepts, and what scoring pictures against them needs."
@@ -103,7 +102,7 @@ class Judge:
         "Index of the target among the styles."
         return self.styles.index(self.target)
 
-# %% ../../nbs/08_measure/07_evaluate.ipynb #cda6b19f
+# %% ../../nbs/08_measure/07_evaluate.ipynb #35848fec
 def make_judge(
     drawings: np.ndarray,  # true drawings, uint8 (concepts,styles,h,w,3)
     present: np.ndarray,  # which of them exist, bool (concepts,styles)

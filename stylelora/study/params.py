@@ -73,15 +73,16 @@ def _declared(notebook, cell):
         raise ValueError(f'{name}: papermill cannot read {sorted(lost)}; leave only one "=" on that line')
     return found
 
-# %% ../../nbs/09_study/01_params.ipynb #458e8e40
+# %% ../../nbs/09_study/01_params.ipynb #9d0a591a
 def unknown(
     name: str,  # the name that was not found
     known: Iterable,  # the names that exist
     where: str,  # what is being read, for the message
 ) -> ValueError:  # to be raised
     "Make the error for an unknown name, with the nearest known one."
-    hint = nearest(name, known) or ";"
-    return ValueError(f"{where}: {name!r} is unknown{hint} There are {', '.join(sorted(known))}")
+    known = sorted(known)
+    hint = nearest(name, known).strip(" ()")
+    return ValueError(f"{where}: {name!r} is unknown; {hint} There are {', '.join(known)}".replace("  ", " "))
 
 
 def check_value(

@@ -112,7 +112,7 @@ def make_runs(
         runs.append(Run(notebook, experiment, recipe, full, inputs_of(full), label))
     return runs
 
-# %% ../../nbs/09_study/06_plan.ipynb #e91caa3d
+# %% ../../nbs/09_study/06_plan.ipynb #4f57b85e
 def training_runs(
     profile: dict,  # from `read_profile`
 ) -> list:  # of Run
@@ -122,7 +122,8 @@ def training_runs(
         file = find_params(name, profile["folder"], f"{profile['name']}.yaml: recipe")
         recipe = read_recipe(file)
         given = profile["train"] | recipe["parameters"]
-        runs += make_runs(recipe["notebook"], whose, recipe["recipe"], given, file.name)
+        where = f"{profile['name']}.yaml with {file.name}"
+        runs += make_runs(recipe["notebook"], whose, recipe["recipe"], given, where)
     return runs
 
 # %% ../../nbs/09_study/06_plan.ipynb #6c046f9c
@@ -349,7 +350,7 @@ def check_runs(
         except (ValueError, OSError) as e:
             raise ValueError(f"{where}: {title_of(run)}: {e}") from None
 
-# %% ../../nbs/09_study/06_plan.ipynb #247cb63c
+# %% ../../nbs/09_study/06_plan.ipynb #d1091a25
 def announce(
     profile: dict,  # from `read_profile`
     plan: list,  # list of Run
@@ -365,9 +366,10 @@ def announce(
         seconds = sum(usual.get(r.notebook, usual.median()) for r in todo)
         if np.isfinite(seconds):
             lines[0] += f", about {human_time(seconds)} to go"
-    names = [f"{Path(r.notebook).stem} {r.recipe}" for r in todo]
-    groups = pd.Series(names, dtype=object).value_counts(sort=False)
-    lines += [f"  {n} × {name}" for name, n in groups.items()]
+    names = pd.Series([f"{Path(r.notebook).stem} {r.recipe}" for r in todo], dtype=object)
+    lines += [f"  {n} × {name}" for name, n in names.value_counts(sort=False).items()]
+    if profile["out"].startswith("reports/own/"):
+        lines.append(f"  this is no published profile: results go to {profile['out']}")
     readers = [Path(r["notebook"] if isinstance(r, dict) else r).stem for r in profile["read"]]
     if readers:
         lines.append(f"  then, unless up to date: {', '.join(readers)}")

@@ -6,7 +6,7 @@
 __all__ = ['runs_of', 'Experiment', 'open_folders', 'open_experiment', 'first_measured', 'with_parameters', 'sweep', 'draw_sweep',
            'sheet_of', 'tiles', 'strip', 'short_title', 'show_strip']
 
-# %% ../../nbs/09_study/08_readers.ipynb #0a7ed9ff
+# %% ../../nbs/09_study/08_readers.ipynb #17a849f7
 import json, textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from ..core import read_json, root
 from ..pictures import open_image
-from ..plots import axes, colour, image_grid, save_figure, setup_style
+from ..plots import axes, colour, image_grid, plain, save_figure, setup_style
 from ..stats.intervals import cluster_bootstrap
 from .results import load_results, read_plans, read_table
 from .runs import working_folder
@@ -133,7 +133,7 @@ def sweep(
         out.append(dict(zip(by, key)) | found)
     return pd.DataFrame(out)
 
-# %% ../../nbs/09_study/08_readers.ipynb #f9c1b8a1
+# %% ../../nbs/09_study/08_readers.ipynb #d72a789c
 def draw_sweep(
     line: pd.DataFrame,  # from `sweep`
     by: str,  # its column that goes along the axis
@@ -143,7 +143,7 @@ def draw_sweep(
 ) -> plt.Axes:
     "Draw a sweep as a line with a band."
     ax = axes(ax)
-    ax.plot(line[by], line.estimate, "o-", ms=3, color=colour(name), label=name)
+    ax.plot(line[by], line.estimate, "o-", ms=3, color=colour(name), label=plain(name))
     ax.fill_between(line[by], line.low, line.high, color=colour(name), alpha=band, lw=0)
     ax.set_xlabel(by.replace("_", " "))
     return ax

@@ -332,7 +332,7 @@ def _carry_out(
     publish(profile, plan + readers, runs, out)
     return pd.concat(outcomes, ignore_index=True)
 
-# %% ../../nbs/09_study/07_study.ipynb #d978e2be
+# %% ../../nbs/09_study/07_study.ipynb #86878b04
 def run_study(
     profile: str = "study",  # name of a profile, or its file
     params: str | Path | None = None,  # where profiles are; reports/params if None
@@ -348,8 +348,6 @@ def run_study(
         tables = [run_study(part, p["folder"], out, say, dry, force, batch) for part in p["parts"]]
         return pd.concat(tables, ignore_index=True)
     place = path_of(out) if out else root() / path_of(p["out"])
-    if p["own"] and p["out"].startswith("reports/own/") and not out:
-        say(f"{p['name']} is no published profile: its results go to {p['out']}")
     table = _carry_out(p, place, say, dry, force, batch)
     if not dry:
         say(report(table))

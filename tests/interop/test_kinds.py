@@ -41,7 +41,9 @@ def trained(peft, unet, config, folder):
                 p.add_(torch.randn(p.shape, generator=g) * 0.3)
     model.save_pretrained(folder)
     merged = peft.PeftModel.from_pretrained(copy.deepcopy(unet), folder).merge_and_unload()
-    found = {n: merged.get_submodule(n).weight - m.weight for n, m in unet.named_modules() if hasattr(m, "weight")}
+    found = {
+        n: merged.get_submodule(n).weight - m.weight for n, m in unet.named_modules() if hasattr(m, "weight")
+    }
     return {n: d.detach() for n, d in found.items() if d.any()}
 
 
@@ -78,14 +80,18 @@ NAMES = [
 def test_a_folder_of_peft_is_read_to_the_same_update(peft, unet, tmp_path, name):
     want = trained(peft, unet, configs(peft)[name], tmp_path)
     state = read_adapter(tmp_path).state
-    assert set(state) == set(want) and {kind_of(s).title for s in state.values()} == {name.split(",")[0].split()[0]}
+    assert set(state) == set(want) and {kind_of(s).title for s in state.values()} == {
+        name.split(",")[0].split()[0]
+    }
     base = tiny_base()
     assert load_adapter(base, tmp_path).state.keys() == state.keys()
     for n, layer in lora_layers(base.unet).items():
         assert (layer.delta_weight() - want[n]).abs().max() < 2e-5 * max(1, want[n].abs().max()), n
         if kind_of(state[n]).low_rank:
             assert torch.allclose(delta_of(state[n]).reshape(want[n].shape).float(), want[n], atol=1e-4)
-            assert torch.allclose(delta_of(as_lora({n: state[n]})[n]).reshape(want[n].shape).float(), want[n], atol=1e-4)
+            assert torch.allclose(
+                delta_of(as_lora({n: state[n]})[n]).reshape(want[n].shape).float(), want[n], atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("name", ["LoHa", "LoKr, both divided", "LoKr, both full", "DoRA", "PiSSA"])
@@ -94,7 +100,9 @@ def test_it_is_melted_into_a_base_and_the_pictures_are_those_of_the_layers(peft,
     base, worn = tiny_base(), tiny_base()
     melt(base, [read_adapter(tmp_path / "p").state], [0.5])
     for n, d in want.items():
-        assert torch.allclose(base.unet.get_submodule(n).weight - unet.get_submodule(n).weight, 0.5 * d, atol=1e-4)
+        assert torch.allclose(
+            base.unet.get_submodule(n).weight - unet.get_submodule(n).weight, 0.5 * d, atol=1e-4
+        )
     load_adapter(worn, tmp_path / "p", scale=0.5)
     x, t, text = torch.randn(1, 4, 8, 8, generator=generator("x")), torch.tensor([300]), torch.randn(1, 5, 16)
     with torch.no_grad():
@@ -109,7 +117,9 @@ def test_it_is_melted_into_a_base_and_the_pictures_are_those_of_the_layers(peft,
     assert main(["merge", str(tmp_path / "p"), "--into", "tiny", "--weights", "0.5", "--out", str(out)]) == 0
 
 
-@pytest.mark.parametrize("name", ["LoHa", "LoHa with cores", "LoKr", "LoKr with cores", "LoKr, both full", "DoRA"])
+@pytest.mark.parametrize(
+    "name", ["LoHa", "LoHa with cores", "LoKr", "LoKr with cores", "LoKr, both full", "DoRA"]
+)
 def test_in_the_words_of_kohyas_family_and_back(peft, unet, tmp_path, name):
     "What LyCORIS writes: its words, with an alpha beside each layer."
     want = trained(peft, unet, configs(peft)[name], tmp_path / "p")
@@ -131,7 +141,9 @@ def test_merging_files_is_exact_and_gives_a_lora_that_peft_reads(peft, unet, tmp
     assert main(["merge", *map(str, words)]) == 0
     state = read_adapter(tmp_path / "m.safetensors").state
     for n, d in want.items():
-        assert torch.allclose(delta_of(state[n]).float(), 0.5 * d + 2 * more.get(n, torch.zeros(())), atol=1e-4), n
+        assert torch.allclose(
+            delta_of(state[n]).float(), 0.5 * d + 2 * more.get(n, torch.zeros(())), atol=1e-4
+        ), n
     save_adapter(state, tmp_path / "peft", "peft")
     read = peft.PeftModel.from_pretrained(copy.deepcopy(unet), tmp_path / "peft").merge_and_unload()
     for n, s in state.items():
@@ -194,7 +206,9 @@ def test_products_in_all_three_networks_of_sdxl(tmp_path):
     for c, network in networks_of(base).items():
         n = find_targets(network, "attention" if c == "unet" else "text_encoder")[0]
         W = network.get_submodule(n).weight
-        pair = {w: torch.randn(s, generator=g) for w, s in zip(("w1_a", "w1_b"), ((len(W), 2), (2, W.shape[1])))}
+        pair = {
+            w: torch.randn(s, generator=g) for w, s in zip(("w1_a", "w1_b"), ((len(W), 2), (2, W.shape[1])))
+        }
         loha = dict(kind="loha", alpha=1.0, **pair, **{w.replace("1", "2"): v for w, v in pair.items()})
         state[n if c == "unet" else f"{c}.text_model.{n.removeprefix('text_model.')}"] = loha
     file = save_adapter(state, tmp_path / "k.safetensors", "kohya", like=base)
