@@ -299,7 +299,7 @@ _FOREIGN = {  # what a file is -> pattern of a key that gives it away
     "a LoRA for a transformer": rf"^(lora_)?transformer[._]|{_BLOCKS}|{_NO_UNET}",
 }
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #ba755d0a
+# %% ../../nbs/02_adapters/05_keys.ipynb #c66b77c8
 def refuse_foreign(
     keys: list[str],  # keys of a file
     file: str = "",  # name for messages
@@ -310,7 +310,7 @@ def refuse_foreign(
         hits = [k for k in keys if re.search(pattern, k)]
         if hits and kind not in known:
             shown = f"{len(hits)} of {len(keys)} keys, such as {hits[0]!r}"
-            cure = "Its own tool can merge it into its base; stylelora extract then makes a LoRA of the difference"
+            cure = "Its own tool can merge it into its base; stylelora extract then makes a LoRA of that"
             raise ValueError(f"{file}: this is {kind} ({shown}), which cannot be read. {cure}")
 
 # %% ../../nbs/02_adapters/05_keys.ipynb #774159af

@@ -39,7 +39,7 @@ def to_tensors(
             named[key(n, s, w)] = own.contiguous()
     return named
 
-# %% ../../nbs/02_adapters/06_layouts.ipynb #f3b62850
+# %% ../../nbs/02_adapters/06_layouts.ipynb #23f77c9f
 def check_layout(
     state: dict[str, dict],  # layer name -> its state
     layout: str,  # 'diffusers', 'kohya' or 'peft'
@@ -51,7 +51,9 @@ def check_layout(
         if layout not in kind.file_keys:
             ways = "--to kohya has a place for it" if "kohya" in kind.file_keys else "load it into its base"
             lora = ", and stylelora merge makes a LoRA of it" if kind.low_rank else ""
-            raise ValueError(f"{file}: {n}: a {kind.title} has no place in the layout {layout!r}; {ways}{lora}")
+            raise ValueError(
+                f"{file}: {n}: a {kind.title} has no place in the layout {layout!r}; {ways}{lora}"
+            )
         kind.stored(s, layout)
     mixed = {"m" in s for s in state.values()}
     if layout != "kohya" and len(mixed) > 1:

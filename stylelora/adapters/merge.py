@@ -419,7 +419,7 @@ def inspect_file(
     )
     return inspect_state(got.state, header)
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #98e58564
+# %% ../../nbs/02_adapters/08_merge.ipynb #35a4f8aa
 def describe_file(
     path: str | Path,  # file of an adapter, or its folder
     like: object = None,  # base that it should fit; None: any
@@ -427,11 +427,9 @@ def describe_file(
     "Describe an adapter file for the terminal."
     table = inspect_file(path, like)
     h, blocks = table.attrs["header"], block_shares(table)
-
-    def each(column):
-        return ", ".join(f"{v:g} ({n})" for v, n in sorted(Counter(table[column]).items()))
-
+    each = lambda column: ", ".join(f"{v:g} ({n})" for v, n in sorted(Counter(table[column]).items()))
     kinds = ", ".join(f"{n} {k}" for k, n in Counter(table.kind).items())
+    unsized = ["|dW|        depends on the weights of the base"] if table.norm.isna().any() else []
     lines = [
         f"{h['file']}: {h['layout']}, {', '.join(h['dtypes'])}, {human_bytes(h['bytes'])}",
         f"sha256      {h['sha256']}",
@@ -440,7 +438,7 @@ def describe_file(
         f"alpha       {each('alpha')}",
         f"metadata    {', '.join(sorted(h['metadata'])) or 'none'}",
         *(f"not read    {k} {why_not(k)}" for k in h["unread"]),
-        *["|dW|        depends on the weights of the base"] * table.norm.isna().any(),
+        *unsized,
         f"manifest    {json.dumps(h['manifest'], ensure_ascii=False, sort_keys=True)}",
         f"\n{'block':10} {'layers':>6} {'|dW|':>9} {'energy':>7}",
     ]

@@ -179,7 +179,7 @@ class LoHa(_LoHa):
     file_keys = dict(kohya={w: f"hada_{w}" for w in (*tensors, "t1", "t2")})
     rank_of = staticmethod(lambda s: len(s["w1_b"]))
 
-# %% ../../nbs/02_adapters/02_products.ipynb #6ef9ce84
+# %% ../../nbs/02_adapters/02_products.ipynb #5aad5ee7
 class LoKrLayer(FactorLayer):
     "Add a Kronecker product. Yeh et al. 2024, eq. 4."
 
@@ -192,7 +192,7 @@ def _factors(s):
     two = (s["w2"], None, None) if "w2" in s else (s["w2_a"], s["w2_b"], s.get("t2"))
     return one, two
 
-
+# %% ../../nbs/02_adapters/02_products.ipynb #fa171052
 def _split(a, b, t=None):
     "Write a factor as U times V, with the smaller inner width if it is full."
     if b is not None:
@@ -201,17 +201,22 @@ def _split(a, b, t=None):
     eye = torch.eye(min(rows, columns), dtype=a.dtype)
     return (a, eye) if columns < rows and a.ndim == 2 else (torch.eye(rows, dtype=a.dtype), a)
 
-# %% ../../nbs/02_adapters/02_products.ipynb #cb5e5930
+
+def _kron_stored(s, layout):
+    "Name the tensors as a file has them; of two full matrices it has no scale, so the first one takes it."
+    both = "w1" in s and "w2" in s
+    kept = {w: v for w, v in s.items() if torch.is_tensor(v)}
+    return dict(kept, w1=s["w1"] * s["alpha"]) if both else kept
+
+# %% ../../nbs/02_adapters/02_products.ipynb #7bfd9088
 class _Kron(_Product):
+    stored = staticmethod(_kron_stored)
+
     def claims(found):
         return all(w in found or {f"{w}_a", f"{w}_b"} <= set(found) for w in ("w1", "w2"))
 
     def rank_of(s):
         return next((len(s[w]) for w in ("w1_b", "w2_b") if w in s), None)
-
-    def stored(s, layout):
-        kept = {w: v for w, v in s.items() if torch.is_tensor(v)}
-        return kept if "w1" not in s or "w2" not in s else dict(kept, w1=s["w1"] * s["alpha"])  # no scale in a file
 
     def shape_of(s):
         full = [(len(a), a[0].numel()) if b is None else _made(a, b, t) for a, b, t in _factors(s)]

@@ -324,14 +324,15 @@ def _family(kind):
         nets["text_encoder_2"] = CLIPTextModelWithProjection(_text_config(*_SECOND_TEXT))
     return nets
 
-# %% ../../nbs/03_models/04_load.ipynb #d1f53871
+# %% ../../nbs/03_models/04_load.ipynb #815ebf1f
 def _folder_networks(folder):
     "Build the networks of a diffusers folder from their configurations."
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     if problems := check_base_folder(folder):
-        raise ValueError(f"base {str(folder)!r} is not a complete Stable Diffusion folder: {'; '.join(problems)}")
+        odd = f"base {str(folder)!r} is not a complete Stable Diffusion folder"
+        raise ValueError(f"{odd}: {'; '.join(problems)}")
     read = lambda part: read_json(folder / part / "config.json")
     nets = dict(unet=UNet2DConditionModel.from_config(read("unet")))
     nets["text_encoder"] = CLIPTextModel(CLIPTextConfig.from_dict(read("text_encoder")))
@@ -350,12 +351,13 @@ def _family_of(path):
     with safe_open(path, "pt") as f:
         return "sd2" if any(k.startswith("cond_stage_model.model.") for k in f.keys()) else "sd1"
 
-# %% ../../nbs/03_models/04_load.ipynb #34c4f212
+# %% ../../nbs/03_models/04_load.ipynb #9ebd3409
 def outline(
-    base: str | Path,  # 'sd1', 'sd2' or 'sdxl'; or 'embedded', 'tiny', a diffusers folder or a .safetensors file
+    base: str | Path,  # 'sd1', 'sd2', 'sdxl', 'embedded', 'tiny', a diffusers folder or a .safetensors file
 ) -> SimpleNamespace:  # unet, text_encoder, and text_encoder_2 for SDXL, on the device 'meta'
     "Build the networks of a base without their weights, to compare adapters with."
-    name, path = str(base), assets() / "base" if str(base) == "embedded" else Path(base).expanduser()
+    name = str(base)
+    path = assets() / "base" if name == "embedded" else Path(base).expanduser()
     kind = name.removeprefix("tiny-") if name != "tiny" else "sd1"
     with torch.device("meta"), quiet():
         if name in FAMILIES:
@@ -367,6 +369,7 @@ def outline(
         elif path.is_file():
             nets = _family(_family_of(path))
         else:
-            cure = f"use one of {', '.join(FAMILIES)}, 'embedded', 'tiny', a diffusers folder or a .safetensors file"
+            ways = "'embedded', 'tiny', a diffusers folder or a .safetensors file"
+            cure = f"use one of {', '.join(FAMILIES)}, {ways}"
             raise FileNotFoundError(f"base {name!r} does not exist; {cure}")
     return SimpleNamespace(**networks_of(SimpleNamespace(**nets)))
