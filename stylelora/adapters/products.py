@@ -179,7 +179,7 @@ class LoHa(_LoHa):
     file_keys = dict(kohya={w: f"hada_{w}" for w in (*tensors, "t1", "t2")})
     rank_of = staticmethod(lambda s: len(s["w1_b"]))
 
-# %% ../../nbs/02_adapters/02_products.ipynb #5aad5ee7
+# %% ../../nbs/02_adapters/02_products.ipynb #0e186674
 class LoKrLayer(FactorLayer):
     "Add a Kronecker product. Yeh et al. 2024, eq. 4."
 
@@ -188,11 +188,11 @@ class LoKrLayer(FactorLayer):
 
 def _factors(s):
     "Return the two factors of a Kronecker product, each as a pair or as (matrix, None, None)."
-    one = (s["w1"], None, None) if "w1" in s else (s["w1_a"], s["w1_b"], None)
-    two = (s["w2"], None, None) if "w2" in s else (s["w2_a"], s["w2_b"], s.get("t2"))
+    one = (s["k1"], None, None) if "k1" in s else (s["k1_a"], s["k1_b"], None)
+    two = (s["k2"], None, None) if "k2" in s else (s["k2_a"], s["k2_b"], s.get("k2_t"))
     return one, two
 
-# %% ../../nbs/02_adapters/02_products.ipynb #fa171052
+# %% ../../nbs/02_adapters/02_products.ipynb #180b89f6
 def _split(a, b, t=None):
     "Write a factor as U times V, with the smaller inner width if it is full."
     if b is not None:
@@ -204,19 +204,19 @@ def _split(a, b, t=None):
 
 def _kron_stored(s, layout):
     "Name the tensors as a file has them; of two full matrices it has no scale, so the first one takes it."
-    both = "w1" in s and "w2" in s
+    both = "k1" in s and "k2" in s
     kept = {w: v for w, v in s.items() if torch.is_tensor(v)}
-    return dict(kept, w1=s["w1"] * s["alpha"]) if both else kept
+    return dict(kept, k1=s["k1"] * s["alpha"]) if both else kept
 
-# %% ../../nbs/02_adapters/02_products.ipynb #7bfd9088
+# %% ../../nbs/02_adapters/02_products.ipynb #3620df22
 class _Kron(_Product):
     stored = staticmethod(_kron_stored)
 
     def claims(found):
-        return all(w in found or {f"{w}_a", f"{w}_b"} <= set(found) for w in ("w1", "w2"))
+        return all(w in found or {f"{w}_a", f"{w}_b"} <= set(found) for w in ("k1", "k2"))
 
     def rank_of(s):
-        return next((len(s[w]) for w in ("w1_b", "w2_b") if w in s), None)
+        return next((len(s[w]) for w in ("k1_b", "k2_b") if w in s), None)
 
     def shape_of(s):
         full = [(len(a), a[0].numel()) if b is None else _made(a, b, t) for a, b, t in _factors(s)]
@@ -234,7 +234,7 @@ class _Kron(_Product):
         A = torch.einsum("ib,jq...->ijbq...", V, Y).flatten(2, 3).flatten(0, 1)
         return _as_lora(A, torch.kron(U.contiguous(), X.contiguous()), s["alpha"] / (cls.rank_of(s) or 1))
 
-# %% ../../nbs/02_adapters/02_products.ipynb #7148c798
+# %% ../../nbs/02_adapters/02_products.ipynb #c1a69d81
 def _divisor(n):
     "Find the largest divisor of a number that is no larger than its root."
     return next(m for m in range(math.isqrt(n), 0, -1) if n % m == 0)
@@ -242,20 +242,20 @@ def _divisor(n):
 
 @register
 class LoKr(_Kron):
-    "Describe the kind `lokr`: W + alpha / rank * kron(w1, w2), each a matrix or a product."
+    "Describe the kind `lokr`: W + alpha / rank * kron(k1, k2), each a matrix or a product."
 
     kind, title = "lokr", "LoKr"
     layers = {nn.Linear: LoKrLayer, nn.Conv2d: LoKrLayer}
-    tensors = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
-    pairs = (("w1_a", "w1_b"), ("w2_a", "w2_b"), ("w1", "w2"))
-    file_keys = dict(kohya={w: f"lokr_{w}" for w in tensors})
+    tensors = ("k1", "k1_a", "k1_b", "k2", "k2_a", "k2_b", "k2_t")
+    pairs = (("k1_a", "k1_b"), ("k2_a", "k2_b"), ("k1", "k2"))
+    file_keys = dict(kohya={w: f"lokr_w{w[1:]}" for w in tensors} | dict(k2_t="lokr_t2"))
 
     def start(W, rank, g):
         "Begin with a small matrix of zeros beside a random product."
         rows, columns = _divisor(len(W)), _divisor(W.shape[1])
         left, right = (len(W) // rows, rank), (rank, W[0].numel() // columns)
         small, large = (torch.randn(n, generator=g) * n[1] ** -0.5 for n in (left, right))
-        return dict(w1=torch.zeros(rows, columns), w2_a=small, w2_b=large)
+        return dict(k1=torch.zeros(rows, columns), k2_a=small, k2_b=large)
 
 # %% ../../nbs/02_adapters/02_products.ipynb #d20c96a2
 class DoRALayer(FactorLayer):

@@ -223,7 +223,7 @@ def test_a_product_with_a_tensor_missing_or_misshapen_is_named(tmp_path):
     for change, said in (
         ({f"{layer}.hada_w2_b": None}, "lacks one of its matrices"),
         ({f"{layer}.hada_w2_b": torch.ones(3, 2)}, "the matrices of a LoHa do not multiply"),
-        ({f"{layer}.lokr_w1": torch.ones(2, 2)}, "is a LoHa with a tensor 'w1' of another kind"),
+        ({f"{layer}.lokr_w1": torch.ones(2, 2)}, "is a LoHa with a tensor 'k1' of another kind"),
     ):
         tensors = {k: v for k, v in (good | change).items() if v is not None}
         save_file({k: v.clone() for k, v in tensors.items()}, tmp_path / "x.safetensors")
