@@ -192,7 +192,12 @@ def _factors(s):
     two = (s["k2"], None, None) if "k2" in s else (s["k2_a"], s["k2_b"], s.get("k2_t"))
     return one, two
 
-# %% ../../nbs/02_adapters/02_products.ipynb #180b89f6
+# %% ../../nbs/02_adapters/02_products.ipynb #1221e92f
+def _repeat(pattern, tile):
+    "Compute the Kronecker product of a matrix (a,b) and a matrix or kernel (c,d,…)."
+    return torch.einsum("ab,cd...->acbd...", pattern, tile).flatten(2, 3).flatten(0, 1)
+
+
 def _split(a, b, t=None):
     "Write a factor as U times V, with the smaller inner width if it is full."
     if b is not None:
@@ -208,7 +213,7 @@ def _kron_stored(s, layout):
     kept = {w: v for w, v in s.items() if torch.is_tensor(v)}
     return dict(kept, k1=s["k1"] * s["alpha"]) if both else kept
 
-# %% ../../nbs/02_adapters/02_products.ipynb #3620df22
+# %% ../../nbs/02_adapters/02_products.ipynb #6024e105
 class _Kron(_Product):
     stored = staticmethod(_kron_stored)
 
@@ -225,14 +230,12 @@ class _Kron(_Product):
     @classmethod
     def form(cls, s, W=None):
         one, two = (a if b is None else _multiply(a, b, t) for a, b, t in _factors(s))
-        one = one.reshape(*one.shape, *[1] * (two.ndim - 2))
-        return torch.kron(one, two.contiguous()) * (s["alpha"] / (cls.rank_of(s) or 1))
+        return _repeat(one, two) * (s["alpha"] / (cls.rank_of(s) or 1))
 
     @classmethod
     def low_rank(cls, s):
         (U, V), (X, Y) = (_split(*factor) for factor in _factors(exact(s)))
-        A = torch.einsum("ib,jq...->ijbq...", V, Y).flatten(2, 3).flatten(0, 1)
-        return _as_lora(A, torch.kron(U.contiguous(), X.contiguous()), s["alpha"] / (cls.rank_of(s) or 1))
+        return _as_lora(_repeat(V, Y), _repeat(U, X), s["alpha"] / (cls.rank_of(s) or 1))
 
 # %% ../../nbs/02_adapters/02_products.ipynb #c1a69d81
 def _divisor(n):
@@ -342,19 +345,19 @@ class DoRA(_Lengths):
     file_keys = dict(diffusers=_peft, peft=_peft, kohya=_kohya | dict(m="dora_scale"))
     stored, assemble = staticmethod(_dora_stored), staticmethod(_dora_assemble)
 
-# %% ../../nbs/02_adapters/02_products.ipynb #e26f75aa
-def _strongest(W, r):
+# %% ../../nbs/02_adapters/02_products.ipynb #afa5d0ab
+def _strongest(W, r, scale):
     "Approximate a weight by its strongest directions, as PiSSA starts: B0 (d,r), A0 (r,k)."
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return U[:, :r] * S[:r], Vh[:r]
 
 
-def _first_columns(W, r):
+def _first_columns(W, r, scale):
     "Approximate a weight by its first orthogonal columns, as OLoRA starts: B0 (d,r), A0 (r,k)."
     Q, R = torch.linalg.qr(W)
-    return Q[:, :r], R[:r]
+    return scale * Q[:, :r], R[:r]
 
-# %% ../../nbs/02_adapters/02_products.ipynb #be20c423
+# %% ../../nbs/02_adapters/02_products.ipynb #a676dbbd
 class _Inside(LoRA):
     low_rank, file_keys = None, {}  # it has no form of its own in a file
     layers = {nn.Linear: LoRALinear}
@@ -363,10 +366,11 @@ class _Inside(LoRA):
 
     @classmethod
     def load(cls, layer, s):
-        B, A = cls.origin(layer.base.weight.float(), len(s["A"]))
+        scale = s["alpha"] / len(s["A"])
+        B, A = cls.origin(layer.base.weight.float(), len(s["A"]), scale)
         layer.lora_alpha = float(layer.rank)
         layer.lora_A.copy_(torch.cat([s["A"].to(A.device), A]))
-        layer.lora_B.copy_(torch.cat([s["B"].to(A.device) * (s["alpha"] / len(s["A"])), -B], 1))
+        layer.lora_B.copy_(torch.cat([s["B"].to(A.device) * scale, -B], 1))
 
     @classmethod
     def delta(cls, s, W=None):
@@ -374,8 +378,9 @@ class _Inside(LoRA):
             raise ValueError(
                 f"the update of a {cls.title} depends on the weight it began in; load it into its base"
             )
-        B, A = (v.double() for v in cls.origin(W.float(), len(s["A"])))
-        return s["B"].double() @ s["A"].double() * (s["alpha"] / len(s["A"])) - B @ A
+        scale = s["alpha"] / len(s["A"])
+        B, A = (v.double() for v in cls.origin(W.float(), len(s["A"]), scale))
+        return s["B"].double() @ s["A"].double() * scale - B @ A
 
 # %% ../../nbs/02_adapters/02_products.ipynb #140e6149
 @register
@@ -391,8 +396,8 @@ class OLoRA(_Inside):
 
     kind, title, origin = "olora", "OLoRA", staticmethod(_first_columns)
 
-# %% ../../nbs/02_adapters/02_products.ipynb #18b4fe25
-_KERNEL = r"(\.conv[12]|samplers\.0\.conv|^conv_in|^conv_out)$"
+# %% ../../nbs/02_adapters/02_products.ipynb #4bb4181e
+_KERNELS = {3: r"(\.conv[12]|samplers\.0\.conv|^conv_in|^conv_out)$", 1: r"\.conv_shortcut$"}
 
 
 def as_lora(
@@ -407,8 +412,9 @@ def as_lora(
             odd = f"{n}: {kind.title} of adapter {i} is no low-rank update by itself"
             raise ValueError(f"{odd}; merge it into a base, with stylelora merge --into")
         plain[n] = s = kind.low_rank(s)
-        if kind is not LoRA and s["A"].ndim == 2 and re.search(_KERNEL, n) and s["A"].shape[1] % 9 == 0:
-            plain[n] = dict(s, A=s["A"].reshape(len(s["A"]), -1, 3, 3), B=s["B"][..., None, None])
+        side = next((k for k, name in _KERNELS.items() if re.search(name, n)), 0)
+        if kind is not LoRA and side and s["A"].ndim == 2 and s["A"].shape[1] % side**2 == 0:
+            plain[n] = dict(s, A=s["A"].reshape(len(s["A"]), -1, side, side), B=s["B"][..., None, None])
     return plain
 
 # %% ../../nbs/02_adapters/02_products.ipynb #b5c00a5b

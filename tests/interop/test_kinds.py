@@ -142,13 +142,16 @@ def test_merging_files_is_exact_and_gives_a_lora_that_peft_reads(peft, unet, tmp
     state = read_adapter(tmp_path / "m.safetensors").state
     for n, d in want.items():
         assert torch.allclose(
-            delta_of(state[n]).float(), 0.5 * d + 2 * more.get(n, torch.zeros(())), atol=1e-4
+            delta_of(state[n]).reshape(d.shape).float(), 0.5 * d + 2 * more.get(n, torch.zeros(())), atol=1e-4
         ), n
+    state = {
+        n: s for n, s in state.items() if not n.endswith("proj_in")
+    }  # kernel or matrix: the base decides
     save_adapter(state, tmp_path / "peft", "peft")
     read = peft.PeftModel.from_pretrained(copy.deepcopy(unet), tmp_path / "peft").merge_and_unload()
     for n, s in state.items():
         moved = read.get_submodule(n).weight - unet.get_submodule(n).weight
-        assert torch.allclose(moved, delta_of(s).float(), atol=1e-4), n
+        assert torch.allclose(moved, delta_of(s).reshape(moved.shape).float(), atol=1e-4), n
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "PiSSA"])
