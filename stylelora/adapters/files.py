@@ -27,7 +27,7 @@ from .layouts import pack, to_tensors
 from .lora import check_state, kind_of, load_state, lora_state
 from ..core import check_finite, hash_files, path_of, pick_dtype, read_json, taken, write_atomic
 
-# %% ../../nbs/02_adapters/07_files.ipynb #807efa49
+# %% ../../nbs/02_adapters/07_files.ipynb #ed064329
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 LAYOUTS = ("diffusers", "kohya", "peft")
 
@@ -39,6 +39,9 @@ def target_of(
 ) -> Path:  # the file, or the folder for 'peft'
     "Check where an adapter is to be written."
     path, is_file = path_of(path), Path(path).suffix == ".safetensors"
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        odd = f"{path}: {path.suffix} is the name of a pickle, which can run code when it is read"
+        raise ValueError(f"{odd}; let the name end in .safetensors")
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}; use one of {', '.join(LAYOUTS)}")
     if layout == "peft" and is_file:

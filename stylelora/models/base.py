@@ -186,34 +186,46 @@ def full_base(
     more = dict(tokenizer=tiny_tokenizer(77), prediction_type=says, device=device, dtype=dtype)
     return make_base(f"random-{kind}", **nets, schedule=Schedule(), **more)
 
-# %% ../../nbs/03_models/02_base.ipynb #7c77cfa3
+# %% ../../nbs/03_models/02_base.ipynb #b7032027
+def _texts(prompts, n=1):  # a text, or several
+    texts = [prompts] * n if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise ValueError("prompts is empty; pass at least one text")
+    if bad := [p for p in texts if not isinstance(p, str)]:
+        raise ValueError(f"{bad[0]!r} is not a text")
+    return texts
+
+
 def _tokens(tokenizer, prompts, device):
     full = dict(padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
     return tokenizer(prompts, **full, return_tensors="pt").to(device)
 
 
-def _encode_two(base, prompts):  # the two texts side by side, and a last row with the pooled one
-    pairs = (base.tokenizer, base.text_encoder), (base.tokenizer_2, base.text_encoder_2)
-    outs = [e(_tokens(t, prompts, e.device).input_ids, output_hidden_states=True) for t, e in pairs]
+def _encode_two(base, prompts, prompts_2):  # the two texts side by side, and a last row with the pooled one
+    one = (base.tokenizer, base.text_encoder, prompts)
+    two = (base.tokenizer_2, base.text_encoder_2, prompts_2)
+    outs = [e(_tokens(t, p, e.device).input_ids, output_hidden_states=True) for t, e, p in (one, two)]
     words, pooled = torch.cat([o.hidden_states[-2] for o in outs], -1), outs[1][0]
     row = F.pad(pooled, (0, words.shape[-1] - pooled.shape[-1]))[:, None]
-    said = words.new_tensor([float(p != "" or not base.zero_empty) for p in prompts])
-    return torch.cat([words, row], 1) * said[:, None, None]
+    said = [float(any(texts) or not base.zero_empty) for texts in zip(prompts, prompts_2)]
+    return torch.cat([words, row], 1) * words.new_tensor(said)[:, None, None]
 
-# %% ../../nbs/03_models/02_base.ipynb #87167e29
+# %% ../../nbs/03_models/02_base.ipynb #c42acbf0
 @torch.no_grad()
 def encode_text(
     base: Base,  # the model whose text encoder is used
     prompts: str | list,  # a text, or b texts; '' is the empty prompt of guidance
+    prompts_2: str | list | None = None,  # what SDXL's second text encoder reads; None: the same
 ) -> torch.Tensor:  # embeddings (b,L,d), on the base's device; for SDXL (b,L+1,d), see `predict_unet`
     "Encode prompts as the Stable Diffusion pipeline does."
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ValueError("prompts is empty; pass at least one text")
-    if bad := [p for p in prompts if not isinstance(p, str)]:
-        raise ValueError(f"{bad[0]!r} is not a text")
+    prompts = _texts(prompts)
     if base.text_encoder_2 is not None:
-        return _encode_two(base, prompts)
+        other = prompts if prompts_2 is None else _texts(prompts_2, len(prompts))
+        if len(other) != len(prompts):
+            raise ValueError(f"{len(other)} texts for the second text encoder, {len(prompts)} for the first")
+        return _encode_two(base, prompts, other)
+    if prompts_2 is not None:
+        raise ValueError(f"prompt_2={prompts_2!r}: {base.name} has one text encoder; leave it out")
     tokens = _tokens(base.tokenizer, prompts, base.text_encoder.device)
     masked = getattr(base.text_encoder.config, "use_attention_mask", None)
     mask = tokens.attention_mask if masked else None

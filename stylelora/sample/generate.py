@@ -7,8 +7,8 @@ __all__ = ['list_jobs', 'image_generator', 'draw_latents', 'read_size', 'picture
            'Settings', 'assign_images', 'plan_denoising', 'draw_batch', 'pair_negatives', 'generate', 'kind_of',
            'start_picture', 'write_grid']
 
-# %% ../../nbs/06_sample/02_generate.ipynb #90ffddb1
-import io, json, time, torch
+# %% ../../nbs/06_sample/02_generate.ipynb #0d5a2817
+import io, json, math, time, torch
 import numpy as np
 import pandas as pd
 from collections.abc import Callable, Sequence
@@ -158,14 +158,14 @@ class Images:
         write_json(f"{folder}/images.json", self.table.assign(file=names).to_dict("records"))
         return names
 
-# %% ../../nbs/06_sample/02_generate.ipynb #2334ea3c
+# %% ../../nbs/06_sample/02_generate.ipynb #85660dce
 @dataclass(frozen=True)
 class Settings:
     "Say how pictures are drawn; checked when made."
 
     sampler: str = "ddim"  # a name out of SAMPLERS
     num_inference_steps: int = 50  # number of steps, before `strength`
-    guidance_scale: float = 7.5  # guidance scale; 1 skips the unconditional pass
+    guidance_scale: float = 7.5  # guidance scale, >= 1; 1 skips the unconditional pass
     negative_prompt: str | tuple = ""  # what to guide away from, a text or one for each prompt
     guidance_rescale: float = 0.0  # guidance rescale in [0,1]
     timestep_spacing: str | None = None  # noise levels; None is the sampler's custom
@@ -173,6 +173,8 @@ class Settings:
     strength: float = 0.7  # share of the steps to walk when starting from a picture, in (0,1]
     mixed_precision: str = "float32"  # arithmetic of the U-Net: 'float32', 'bfloat16', 'float16', or 'auto'
     size: object = None  # see `read_size`; None: as the base was trained
+    prompt_2: str | None = None  # what SDXL's second text encoder reads, for all prompts; None: the same
+    negative_prompt_2: str | None = None  # what it is guided away from; None: the same
 
     def __post_init__(self):
         _check(self)
@@ -181,16 +183,17 @@ class Settings:
         "Compute the noise levels (num_inference_steps+1,)."
         return pick_sampler(self.sampler).sigmas(schedule, self.num_inference_steps, self.timestep_spacing)
 
-# %% ../../nbs/06_sample/02_generate.ipynb #256bf255
+# %% ../../nbs/06_sample/02_generate.ipynb #9b96ceb4
 def _check(how):
     "Refuse settings that are unknown, out of range, or without effect."
     if how.eta is not None and "eta" not in signature(pick_sampler(how.sampler).run).parameters:
         raise ValueError(f"eta={how.eta!r}: sampler {how.sampler!r} draws no fresh noise; leave it out")
-    if how.guidance_scale < 0:
-        raise ValueError(f"guidance_scale={how.guidance_scale!r}; use 1 (none) or more")
-    if how.guidance_scale == 1 and how.negative_prompt and any(how.negative_prompt):
-        negative = f"negative_prompt={how.negative_prompt!r}"
-        raise ValueError(f"{negative} has no effect at guidance_scale=1; use a scale above 1")
+    if not 1 <= how.guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale={how.guidance_scale!r}; use 1 (no guidance) or more")
+    for name in ("negative_prompt", "negative_prompt_2"):
+        text = getattr(how, name)
+        if how.guidance_scale == 1 and text and any(text):
+            raise ValueError(f"{name}={text!r} has no effect at guidance_scale=1; use a scale above 1")
     pick_precision(how.mixed_precision)
     read_size(how.size)
     how.sigmas(as_schedule("scaled_linear"))
@@ -227,14 +230,15 @@ def plan_denoising(
     kept = kept_steps(how.num_inference_steps, how.strength)
     return sigmas[-1 - kept :], images
 
-# %% ../../nbs/06_sample/02_generate.ipynb #8ca6baa0
+# %% ../../nbs/06_sample/02_generate.ipynb #30a69427
 def _guided(base, how, prompts, negatives):
     "Build the denoiser of a batch; without guidance it needs no second text."
     uncond = None
     if how.guidance_scale != 1:
         away = [how.negative_prompt] if negatives is None else negatives
-        uncond = encode_text(base, away if len(set(away)) > 1 else away[:1])
-    return denoiser(base, encode_text(base, prompts), uncond, how.guidance_scale, how.guidance_rescale)
+        uncond = encode_text(base, away if len(set(away)) > 1 else away[:1], how.negative_prompt_2)
+    cond = encode_text(base, prompts, how.prompt_2)
+    return denoiser(base, cond, uncond, how.guidance_scale, how.guidance_rescale)
 
 
 def _bill(how, jobs, from_image, nfe):

@@ -103,6 +103,18 @@ def test_pictures_are_those_of_the_pipeline(kind, sampler):
     assert np.abs(both[1] - red[1]).max() > 1 and np.abs(both[0] - red[0]).max() <= 1
 
 
+def test_the_second_text_encoder_may_read_something_else():
+    base, both = tiny_base(kind="sdxl"), dict(prompt_2="in ink", negative_prompt_2="blurred")
+    mine = ours(base, negative_prompt="red", **both)
+    theirs = dict(prompt_2=["in ink"] * 2, negative_prompt=["red"] * 2, negative_prompt_2=["blurred"] * 2)
+    assert np.abs(draw(pipeline(base), **theirs) - mine).max() <= 1
+    for name in both:
+        without = ours(base, negative_prompt="red", **{k: v for k, v in both.items() if k != name})
+        assert np.abs(without - mine).max() > 1
+    with pytest.raises(ValueError, match="prompt_2='in ink': .* has one text encoder; leave it out"):
+        ours(tiny_base(), prompt_2="in ink")
+
+
 def test_the_prediction_type_matters():
     "The test above would not see a wrong type if both gave the same picture."
     v, eps = (ours(tiny_base(kind="sd2", prediction_type=p)) for p in ("v_prediction", "epsilon"))
