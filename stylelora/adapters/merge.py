@@ -4,28 +4,23 @@
 
 # %% auto #0
 __all__ = ['layer_weights', 'check_states', 'blend', 'Fit', 'compress', 'resize', 'average_factors', 'differences', 'extract',
-           'block_of', 'inspect_state', 'block_shares', 'merge_files', 'resize_file', 'convert_file', 'inspect_file',
-           'describe_file']
+           'block_of', 'inspect_state', 'block_shares', 'merge_files', 'resize_file', 'convert_file']
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #c5bd3e27
+# %% ../../nbs/02_adapters/08_merge.ipynb #310f51f1
 import json, math, re
-from collections import Counter
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from .files import AdapterFile, files_of, read_adapter, read_for, same_axes
 from .files import save_adapter, source_of, target_of
-from .keys import why_not
 from .lora import find_targets, kind_of, lora_layers
 from .products import as_lora, core_of, norm_of
 from ..core import generator as seeded
-from ..core import hash_files, human_bytes
 
 # %% ../../nbs/02_adapters/08_merge.ipynb #26baee80
 def _shape(s):
@@ -391,56 +386,3 @@ def convert_file(
     manifest = got.manifest or dict(made_by="stylelora convert", sources=[source_of(path)] if strict else [])
     save_adapter(got.state, out, layout, manifest, dtype or got.dtype, texts, force=force, like=like)
     return got
-
-# %% ../../nbs/02_adapters/08_merge.ipynb #4c9d2d11
-_TITLES = dict(diffusers="diffusers with PEFT layers", peft="PEFT", old="an older layout of diffusers")
-_TITLES |= dict(comfyui="ComfyUI")
-
-
-def inspect_file(
-    path: str | Path,  # file of an adapter, or its folder
-    like: object = None,  # base that it should fit; None: any
-) -> pd.DataFrame:  # table of `inspect_state`, a row per layer; about the file: attrs['header']
-    "Find out what is in an adapter file."
-    files, got, kinds = files_of(path), read_for(like, path, False), Counter()
-    for file in files:
-        with safe_open(file, "pt") as f:
-            kinds.update(f.get_slice(k).get_dtype() for k in f.keys())
-    header = dict(
-        file=files[0].name if len(files) == 1 else Path(path).name,
-        bytes=sum(f.stat().st_size for f in files),
-        sha256=hash_files(files),
-        dtypes=dict(kinds),
-        layout=_TITLES.get(got.layout, got.layout),
-        metadata=got.metadata,
-        manifest=got.manifest,
-        unread=got.unread,
-        parameters=sum(v.numel() for s in got.state.values() for v in kind_of(s).stored(s, "kohya").values()),
-    )
-    return inspect_state(got.state, header)
-
-# %% ../../nbs/02_adapters/08_merge.ipynb #35a4f8aa
-def describe_file(
-    path: str | Path,  # file of an adapter, or its folder
-    like: object = None,  # base that it should fit; None: any
-) -> str:  # a page of text
-    "Describe an adapter file for the terminal."
-    table = inspect_file(path, like)
-    h, blocks = table.attrs["header"], block_shares(table)
-    each = lambda column: ", ".join(f"{v:g} ({n})" for v, n in sorted(Counter(table[column]).items()))
-    kinds = ", ".join(f"{n} {k}" for k, n in Counter(table.kind).items())
-    unsized = ["|dW|        depends on the weights of the base"] if table.norm.isna().any() else []
-    lines = [
-        f"{h['file']}: {h['layout']}, {', '.join(h['dtypes'])}, {human_bytes(h['bytes'])}",
-        f"sha256      {h['sha256']}",
-        f"layers      {len(table)} ({kinds}), {h['parameters']:,} parameters",
-        f"rank        {each('rank')}; effective {table.effective_rank.mean():.1f} on average",
-        f"alpha       {each('alpha')}",
-        f"metadata    {', '.join(sorted(h['metadata'])) or 'none'}",
-        *(f"not read    {k} {why_not(k)}" for k in h["unread"]),
-        *unsized,
-        f"manifest    {json.dumps(h['manifest'], ensure_ascii=False, sort_keys=True)}",
-        f"\n{'block':10} {'layers':>6} {'|dW|':>9} {'energy':>7}",
-    ]
-    lines += [f"{r.Index:10} {r.layers:6.0f} {r.norm:9.4g} {r.share:7.1%}" for r in blocks.itertuples()]
-    return "\n".join(lines)

@@ -195,7 +195,7 @@ def run_inspect(
 
     Format, layers, ranks, the size of the update per block of the U-Net,
     and what the file says about its making. Nothing is changed."""
-    from stylelora.adapters.merge import describe_file
+    from stylelora.adapters.inspect import describe_file
 
     like = base_of(base)
     print("\n\n".join(describe_file(file, like) for file in adapter))
