@@ -102,8 +102,10 @@ def light_outputs(nb):
                 o["data"].pop("image/jpeg", None)  # Pillow's pictures come in both
             html = o.get("data", {}).get("text/html", "")
             if "<style scoped>" in html:
-                o["data"]["text/html"] = re.sub(r"<style scoped>.*?</style>\n?", "", html, flags=re.S)
+                html = re.sub(r"<style scoped>.*?</style>", "", html, flags=re.S)
                 o["data"]["text/plain"] = "a table"
+            if 'class="dataframe"' in html:  # one line: in a notebook each line costs quotes and indents
+                o["data"]["text/html"] = re.sub(r">\s+<", "><", html).strip()
     return nb
 
 

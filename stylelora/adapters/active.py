@@ -16,7 +16,7 @@ from .keys import layer_names, layers_of, networks_of
 from .lora import lora_layers, remove
 from .merge import blend
 
-# %% ../../nbs/02_adapters/09_active.ipynb #c728576c
+# %% ../../nbs/02_adapters/09_active.ipynb #e320591a
 class _Mixture:
     def __init__(
         self,
@@ -30,9 +30,15 @@ class _Mixture:
                 f"the model already carries {there} adapters of its own; call remove(model) first"
             )
 
+    def mix(self, active):  # name -> weight; a single adapter at weight 1 is itself, of whatever kind
+        "Make the mixture of adapters at their weights, layer name -> its state; {} if there is none."
+        if list(active.values()) == [1.0]:
+            return {n: dict(s) for n, s in self.states[next(iter(active))].items()}
+        return blend([self.states[n] for n in active], [*active.values()]) if active else {}
+
     def state(self):
-        "Return the mixture that is switched on, layer name -> {'A','B','alpha'}; {} if there is none."
-        return blend([self.states[n] for n in self.active], [*self.active.values()]) if self.active else {}
+        "Return the mixture that is switched on."
+        return self.mix(self.active)
 
 # %% ../../nbs/02_adapters/09_active.ipynb #1ece4dcd
 class _Shown(_Mixture):
@@ -92,7 +98,7 @@ class _Shelf(_Filled):
             lines.append(f"{n}: {len(s)} layers, {how}")
         return "\n".join(lines)
 
-# %% ../../nbs/02_adapters/09_active.ipynb #bc73b8da
+# %% ../../nbs/02_adapters/09_active.ipynb #3a5f41d2
 class Adapters(_Shelf):
     "Mix several adapters in one model: add, set_adapters, enable, remove, state."
 
@@ -107,6 +113,6 @@ class Adapters(_Shelf):
             if n in names[:i]:
                 raise ValueError(f"adapter {n!r} is named twice; add up its weights")
         weights = [1.0 if w is None else w for w in weights]
-        mixed = blend([self.states[n] for n in names], weights) if names else {}
-        self.active, self.enabled = dict(zip(names, weights)), True
+        mixed = self.mix(wanted := dict(zip(names, weights)))
+        self.active, self.enabled = wanted, True
         self.show(mixed)

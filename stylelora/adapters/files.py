@@ -7,7 +7,7 @@ __all__ = ['FILE', 'LAYOUTS', 'target_of', 'write_peft', 'save_adapter', 'save_l
            'AdapterFile', 'read_adapter', 'source_of', 'read_lora', 'reshaped', 'same_axes', 'check_fit',
            'load_components', 'read_for', 'load_adapter', 'load_lora']
 
-# %% ../../nbs/02_adapters/07_files.ipynb #c5f76b02
+# %% ../../nbs/02_adapters/07_files.ipynb #98a969fe
 import json
 import math
 from collections import Counter
@@ -21,12 +21,13 @@ from torch import nn
 
 from .keys import NETWORKS, TEXT, join_components, layer_names, layers_of, networks_of
 from .keys import sort_tensors, split_components, to_state
-from .layouts import adapter_config, diffusers_bytes, is_sdxl, kohya_bytes, kohya_texts
-from .layouts import call_texts, fit_numbers, one_alpha, pack, to_tensors
+from .layouts import adapter_config, call_texts, check_layout, diffusers_bytes
+from .layouts import fit_numbers, is_sdxl, kohya_bytes, kohya_texts, one_alpha
+from .layouts import pack, to_tensors
 from .lora import check_state, kind_of, load_state, lora_state
 from ..core import check_finite, hash_files, path_of, pick_dtype, read_json, taken, write_atomic
 
-# %% ../../nbs/02_adapters/07_files.ipynb #807efa49
+# %% ../../nbs/02_adapters/07_files.ipynb #ed064329
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 LAYOUTS = ("diffusers", "kohya", "peft")
 
@@ -38,6 +39,9 @@ def target_of(
 ) -> Path:  # the file, or the folder for 'peft'
     "Check where an adapter is to be written."
     path, is_file = path_of(path), Path(path).suffix == ".safetensors"
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        odd = f"{path}: {path.suffix} is the name of a pickle, which can run code when it is read"
+        raise ValueError(f"{odd}; let the name end in .safetensors")
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}; use one of {', '.join(LAYOUTS)}")
     if layout == "peft" and is_file:
@@ -64,7 +68,7 @@ _LORA = dict(
     use_dora=False,
 )
 
-# %% ../../nbs/02_adapters/07_files.ipynb #6e04b619
+# %% ../../nbs/02_adapters/07_files.ipynb #e25fe1e9
 def _peft_key(name, s, tensor):
     return f"base_model.model.{name}.{kind_of(s).file_keys['peft'][tensor]}"
 
@@ -80,7 +84,7 @@ def write_peft(
     components = split_components(state)
     for c, layers in components.items():
         at = folder if list(components) == ["unet"] else folder / c
-        tensors = to_tensors(layers, dtype, _peft_key)
+        tensors = to_tensors(layers, dtype, _peft_key, "peft")
         write_atomic(at / "adapter_model.safetensors", pack(tensors, dict(texts, format="pt")), force)
         config = json.dumps(_LORA | adapter_config(layers), indent=2, sort_keys=True)
         write_atomic(at / "adapter_config.json", config + "\n", force)
@@ -93,7 +97,7 @@ def _kohya_file(state, texts, dtype, sdxl, like):
         sdxl = is_sdxl(state) if like is None else TEXT[1] in networks_of(like)
     return kohya_bytes(state, texts, dtype, sdxl, layers_of(like))
 
-# %% ../../nbs/02_adapters/07_files.ipynb #12b717e4
+# %% ../../nbs/02_adapters/07_files.ipynb #1765119e
 def save_adapter(
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}, text encoders with the component in front
     path: str | Path,  # file, or the folder for 'peft'
@@ -111,6 +115,7 @@ def save_adapter(
         raise ValueError(f"{path}: the adapter has no layers; nothing would be saved")
     story = json.dumps(manifest or {}, sort_keys=True, ensure_ascii=False)
     texts = call_texts(manifest) | dict(texts or {}, stylelora_manifest=story)
+    check_layout(state, layout, path)
     state = fit_numbers(one_alpha(state, dtype) if layout == "kohya" else state, dtype, path)
     if layout == "peft":
         return write_peft(state, path, texts, dtype, force)
@@ -327,13 +332,15 @@ def load_components(
     fitted, networks = check_fit(owner, state), networks_of(owner)
     return sum(len(load_state(networks[c], layers, scale)) for c, layers in fitted.items())
 
-# %% ../../nbs/02_adapters/07_files.ipynb #dc14f4e6
+# %% ../../nbs/02_adapters/07_files.ipynb #4642ea39
 def read_for(
-    owner: object,  # base or pipeline that the adapter is for
+    owner: object,  # base or pipeline that the adapter is for; None: unknown, nothing is compared
     path: str | Path,  # file or folder of an adapter, in any key format
     strict: bool = True,  # False: skip keys that are not understood; the layers must fit all the same
 ) -> AdapterFile:  # what the file says
     "Read an adapter for a model at hand, which knows its own layers; all of it must fit."
+    if owner is None:
+        return read_adapter(path, strict=strict)
     found = read_adapter(path, layers_of(owner), strict, layer_names(owner))
     try:
         check_fit(owner, found.state)

@@ -7,14 +7,15 @@ __all__ = ['NETWORKS', 'TEXT', 'PREFIXES', 'ARCHITECTURE', 'EMBEDDING', 'network
            'join_components', 'dotted', 'from_sgm', 'to_sgm', 'split_prefix', 'split_word', 'layers_of', 'layer_names',
            'layer_of', 'parse_key', 'why_not', 'refuse_foreign', 'refuse_unread', 'sort_tensors', 'to_state']
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #bd89bd47
+# %% ../../nbs/02_adapters/05_keys.ipynb #ab938d32
 import re
 from collections import Counter
 
 import torch
 from torch import nn
 
-from .config import alpha_of, check_config
+from . import products  # noqa: F401, the import registers its kinds
+from .config import alpha_of, check_config, kind_by_config
 from .lora import ADAPTER_KINDS
 
 # %% ../../nbs/02_adapters/05_keys.ipynb #98d78a64
@@ -284,13 +285,10 @@ def why_not(
     split = split_word(rest)
     return f"no base has such a layer in its {network or 'U-Net or text encoder'}" if split else ""
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #4be1fe2a
+# %% ../../nbs/02_adapters/05_keys.ipynb #5e1746ab
 _BLOCKS = r"(single|double|joint)_(transformer_)?blocks"
 _NO_UNET = r"^(model\.)?diffusion_model\.(transformer_)?(blocks|layers)\.|^lora_te3_|^text_encoder_3\.|t5xxl"
 _FOREIGN = {  # what a file is -> pattern of a key that gives it away
-    "LoHa": r"\.hada_",
-    "LoKr": r"\.lokr_",
-    "DoRA": r"dora_scale|lora_magnitude_vector",
     "OFT": r"oft_",
     "IA3": r"on_input$|\.ia3_",
     "GLoRA": r"\.[ab][12]\.weight$",
@@ -301,21 +299,19 @@ _FOREIGN = {  # what a file is -> pattern of a key that gives it away
     "a LoRA for a transformer": rf"^(lora_)?transformer[._]|{_BLOCKS}|{_NO_UNET}",
 }
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #942435a9
+# %% ../../nbs/02_adapters/05_keys.ipynb #c66b77c8
 def refuse_foreign(
     keys: list[str],  # keys of a file
     file: str = "",  # name for messages
 ) -> None:
-    "Refuse a file that is no plain LoRA of Stable Diffusion, and say what it is."
+    "Refuse a file of a kind that is not known here, and say what it is."
     known = {kind.title for kind in ADAPTER_KINDS.values()}
     for kind, pattern in _FOREIGN.items():
         hits = [k for k in keys if re.search(pattern, k)]
         if hits and kind not in known:
-            raise ValueError(
-                f"{file}: this is {kind} ({len(hits)} of {len(keys)} keys, such as {hits[0]!r}), not a plain "
-                "LoRA of Stable Diffusion, and cannot be read. Its own tool can merge it into its base; "
-                "stylelora extract then makes a LoRA of the difference"
-            )
+            shown = f"{len(hits)} of {len(keys)} keys, such as {hits[0]!r}"
+            cure = "Its own tool can merge it into its base; stylelora extract then makes a LoRA of that"
+            raise ValueError(f"{file}: this is {kind} ({shown}), which cannot be read. {cure}")
 
 # %% ../../nbs/02_adapters/05_keys.ipynb #774159af
 def refuse_unread(
@@ -381,23 +377,39 @@ def _check_layers(found, file):
                 f"{file}: {n} is a {_kind_for(s).title} with a tensor {odd[0]!r} of another kind"
             )
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #76abde34
+# %% ../../nbs/02_adapters/05_keys.ipynb #050acb57
+def _layer_state(name, s, config, file):
+    "Make the state of one layer of its sorted tensors and what the configuration says."
+    kind, start = _kind_for(s), kind_by_config(config)
+    if "alpha" in s:
+        alpha = s["alpha"].item() if kind.rank_of(s) else 1.0  # where there is no rank, it is said in vain
+    else:
+        alpha = alpha_of(config, name, kind.rank_of(s))
+    if not (layer := kind.assemble(s, alpha)):
+        shapes = ", ".join(f"{w} {tuple(v.shape)}" for w, v in s.items() if w != "alpha")
+        raise ValueError(
+            f"{file}: {name}: the matrices of a {kind.title} do not multiply ({shapes}); fetch it again"
+        )
+    if config.get("use_dora") and kind.kind != "dora":
+        raise ValueError(
+            f"{file}: {name}: use_dora=True, but lora_magnitude_vector is missing; fetch it again"
+        )
+    if start != "lora" and kind.kind != "lora":
+        raise ValueError(
+            f"{file}: {name}: init_lora_weights={start!r} of a {kind.title} is not supported; merge it"
+        )
+    return layer if start == "lora" else dict(layer, kind=start)
+
+# %% ../../nbs/02_adapters/05_keys.ipynb #4965895f
 def to_state(
     found: dict[str, dict],  # layer name -> name -> tensor, see `sort_tensors`
     configs: dict[str, dict],  # component -> LoraConfig fields, {} if the file has none
     file: str = "",  # name for messages
-) -> dict[str, dict]:  # layer name -> {'A','B','alpha'}, float32
-    "Make a state of sorted tensors; the matrices of each layer must be complete and fit."
+) -> dict[str, dict]:  # layer name -> its state, such as {'A','B','alpha'}, float32
+    "Make a state of sorted tensors; the tensors of each layer must be complete and fit."
     _check_layers(found, file)
-    state = {}
-    for component, layers in split_components(found).items():
-        check_config(config := configs.get(component, {}), file)
-        for n, s in layers.items():
-            kind = _kind_for(s)
-            rank = kind.rank_of(s)
-            alpha = s["alpha"].item() if "alpha" in s else alpha_of(config, n, rank)
-            if not (layer := kind.assemble(s, alpha)):
-                shapes = " and ".join(str(tuple(s[w].shape)) for w in kind.tensors)
-                raise ValueError(f"{file}: {n}: {shapes} make no pair of matrices")
-            state |= join_components({component: {n: layer}})
-    return state
+    components = {}
+    for c, layers in split_components(found).items():
+        check_config(config := configs.get(c, {}), file)
+        components[c] = {n: _layer_state(n, s, config, file) for n, s in layers.items()}
+    return join_components(components)

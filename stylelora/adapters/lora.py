@@ -129,7 +129,7 @@ class LoRAConv2d(LoRALayer):
         A, B = self.lora_A.detach(), self.lora_B.detach()[..., 0, 0]
         return self.scale * torch.einsum("dr,rchw->dchw", B, A)
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #14b7b3fb
+# %% ../../nbs/02_adapters/01_lora.ipynb #9db7fa54
 ADAPTER_KINDS = {}  # name of a kind -> its class, filled by `register`
 
 
@@ -143,9 +143,9 @@ class AdapterKind:
     tensors = ()  # names of the tensors in the state of a layer
     pairs = ()  # pairs of tensors of which only the product counts
     file_keys = {}  # key format -> name of a tensor -> last words of its key in a file
-    claims = classmethod(
-        lambda cls, found: set(cls.tensors) <= set(found)
-    )  # are a file's tensors of this kind?
+    low_rank = None  # writes a state as one of kind 'lora', exactly, if there is such a form
+    claims = classmethod(lambda cls, found: set(cls.tensors) <= set(found))  # are these tensors its own?
+    stored = staticmethod(lambda s, layout: {w: v for w, v in s.items() if torch.is_tensor(v)})
     rank_of = classmethod(lambda cls, s: len(s[cls.tensors[0]]))  # rank of a state; alpha is divided by it
 
     @classmethod
@@ -194,7 +194,7 @@ class _LowRank(AdapterKind):
         A, B = (s[w].double().flatten(1) for w in "AB")
         return (B @ A * (s["alpha"] / len(s["A"]))).reshape(len(s["B"]), *s["A"].shape[1:])
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #0d73aeae
+# %% ../../nbs/02_adapters/01_lora.ipynb #c6371c3d
 @register
 class LoRA(_LowRank):
     "Describe the kind `lora`: W + lora_alpha / rank * B @ A. Hu et al. 2022, eq. 3."
@@ -205,6 +205,7 @@ class LoRA(_LowRank):
     layers = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
     tensors = ("A", "B")
     pairs = (("A", "B"),)
+    low_rank = staticmethod(lambda s: s)
     file_keys = dict(
         diffusers=dict(A="lora_A.weight", B="lora_B.weight"),
         peft=dict(A="lora_A.weight", B="lora_B.weight"),

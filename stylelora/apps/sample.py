@@ -18,7 +18,7 @@ from typer import Argument, Option
 
 from .options import finite, names_in, number, share
 
-# %% ../../nbs/11_apps/03_sample.ipynb #97e03722
+# %% ../../nbs/11_apps/03_sample.ipynb #cb5e41c1
 SAMPLER_NAMES = names_in("sample.samplers", "SAMPLERS")
 
 
@@ -39,6 +39,9 @@ class Adapter:
 
     lora: Annotated[list[str], Option(metavar="FILE[:WEIGHT]", help="Adapter; may be repeated.")] = ()
     lora_scale: Annotated[float, number(help="Strength of all adapters; 0 is the bare base.")] = 1.0
+    skip_unknown: Annotated[bool, Option("--skip-unknown", help="Leave out unknown keys of adapters.")] = (
+        False
+    )
 
 # %% ../../nbs/11_apps/03_sample.ipynb #34ccf265
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+\.safetensors)?")
@@ -160,7 +163,7 @@ def check_notation(
         if found := re.search(r"\([^()]+:\s*[\d.]+\)", prompt):
             print(f"note: {found[0]} has no meaning here, it is read as plain words", file=sys.stderr)
 
-# %% ../../nbs/11_apps/03_sample.ipynb #912a8fab
+# %% ../../nbs/11_apps/03_sample.ipynb #3519f073
 def warn_of_words(
     base: object,  # Base
     prompts: list,  # texts
@@ -168,14 +171,14 @@ def warn_of_words(
     worn: list = (),  # (file or folder, weight) of each adapter
 ):
     "Print what in the prompts will not be understood, or is not how an adapter is called."
-    from stylelora.adapters.files import read_lora
+    from stylelora.adapters.files import read_for
     from stylelora.data.prompts import check_prompts
 
-    call = read_lora(worn[0][0])[1].get("call") if worn else None
+    call = read_for(base, worn[0][0], False).manifest.get("call") if worn else None
     for text in check_prompts(base, prompts, [negative], call):
         print(f"warning: {text}")
 
-# %% ../../nbs/11_apps/03_sample.ipynb #26d2a785
+# %% ../../nbs/11_apps/03_sample.ipynb #81a78d7d
 def run_sample(
     prompt: Annotated[list[str], Argument(help="What to draw; several prompts make several rows.")],
     pictures: Pictures,  # how many, how large, and where they go
@@ -199,7 +202,7 @@ def run_sample(
     worn = [(find_adapter(name), weight) for name, weight in map(split_weight, adapter.lora)]
     base = load_model(model)
     warn_of_words(base, prompt, settings.negative_prompt, worn)
-    wear(base, worn, adapter.lora_scale)
+    wear(base, worn, adapter.lora_scale, not adapter.skip_unknown)
     _draw(base, prompt, pictures, settings, image, [(file, w * adapter.lora_scale) for file, w in worn])
 
 # %% ../../nbs/11_apps/03_sample.ipynb #cc2cc285
@@ -211,20 +214,21 @@ def load_model(
 
     return load_base(model.base, model.device, vae=model.vae)
 
-# %% ../../nbs/11_apps/03_sample.ipynb #af9e06eb
+# %% ../../nbs/11_apps/03_sample.ipynb #7df5cf8c
 def wear(
     base: object,  # Base
     worn: list,  # (file or folder, weight) of each adapter
     strength: float = 1.0,  # of all of them
+    strict: bool = True,  # False: leave out keys that are not understood
 ):
     "Put adapters into a model."
-    from stylelora.adapters.files import load_adapter, load_components, read_adapter
+    from stylelora.adapters.files import load_adapter, load_components, read_for
     from stylelora.adapters.merge import blend
 
     if len(worn) == 1:
-        load_adapter(base, worn[0][0], worn[0][1] * strength)
+        load_adapter(base, worn[0][0], worn[0][1] * strength, strict)
     elif worn:
-        states = [read_adapter(path).state for path, _ in worn]
+        states = [read_for(base, path, strict).state for path, _ in worn]
         load_components(base, blend(states, [weight for _, weight in worn]), strength)
 
 # %% ../../nbs/11_apps/03_sample.ipynb #58666976

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_uri', 'loss_curve', 'fill_page', 'as_rows', 'adapter_facts', 'progress_of', 'write_page']
 
-# %% ../../nbs/10_report/04_card.ipynb #67faaf8f
+# %% ../../nbs/10_report/04_card.ipynb #a6505e67
 "One HTML file beside an adapter: what it was trained on, how it went, what it draws, and how to call it."
 
 import base64
@@ -81,7 +81,7 @@ def as_rows(
         rows.append([_shown(value, digits) for value in row])
     return list(table.columns), rows
 
-# %% ../../nbs/10_report/04_card.ipynb #aebf7242
+# %% ../../nbs/10_report/04_card.ipynb #1bf4edc0
 def adapter_facts(
     file: str | Path,  # of an adapter
 ) -> pd.DataFrame:  # columns what, value

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_checked', 'encode_pictures', 'places_of', 'clear', 'Trained', 'train_folder']
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #1dfa76c6
+# %% ../../nbs/05_train/04_from_folder.ipynb #7d95e354
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 from ..adapters.files import target_of
 from ..core import path_of
-from ..data.folder import LatentCache, Pictures, add_problems, hold_out, read_folder
-from ..data.prepare import SIDES, mirror
+from ..data.folder import SIDES, LatentCache, Pictures, add_problems, hold_out
+from ..data.folder import mirror_images, read_folder
 from ..data.prompts import check_captions, describe_call
 from ..models.base import Base
 from ..noise.objective import Objective
@@ -41,7 +41,7 @@ def read_checked(
         on_pictures(pictures)
     return pictures.refuse_errors()
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #0c4c434e
+# %% ../../nbs/05_train/04_from_folder.ipynb #be19c0aa
 def encode_pictures(
     base: Base,  # whose autoencoder and text encoder are used
     pictures: Pictures,  # n pictures
@@ -56,7 +56,7 @@ def encode_pictures(
     cache, mirrored = LatentCache(base), None
     z, c = cache.latents(pictures.images), cache.contexts(pictures.captions)
     if flip:
-        turned, _, _ = mirror(pictures.images[used], [pictures.captions[i] for i in used], p=1)
+        turned = mirror_images(pictures.images[used], [pictures.captions[i] for i in used])
         mirrored = cache.latents(turned)
     val = (z[held], c[held]) if held else None
     return (z[used], c[used]), val, mirrored

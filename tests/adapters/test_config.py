@@ -89,6 +89,7 @@ ODD = dict(  # field -> a value that is not neutral, where "true" is none
     alora_invocation_tokens=[1],
 )
 READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
+READ |= {"use_dora"}
 IDLE = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),

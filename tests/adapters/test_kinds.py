@@ -163,5 +163,5 @@ def test_what_it_cannot_do_is_refused(trained):
 
 
 def test_unknown_kinds_are_named():
-    with pytest.raises(ValueError, match="kind='loha' is no kind of adapter here; use one of lora, shift"):
-        inject(net(), "to_q", kind="loha")
+    with pytest.raises(ValueError, match="kind='oft' is no kind of adapter here; use one of .*lora.*shift"):
+        inject(net(), "to_q", kind="oft")
