@@ -289,10 +289,11 @@ def test_convert_there_and_back(capsys, tmp_path, adapter):
 
 def test_convert_refuses_before_it_writes(capsys, tmp_path, adapter):
     out = tmp_path / "out.safetensors"
-    save_file({"lora_unet_x.hada_w1_a": torch.zeros(2, 2)}, tmp_path / "loha.safetensors")
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    save_file({f"{layer}.oft_blocks": torch.zeros(2, 2, 2)}, tmp_path / "oft.safetensors")
     (tmp_path / "p.bin").write_bytes(b"x")
     for words, text in (
-        ((tmp_path / "loha.safetensors", out), "LoHa"),
+        ((tmp_path / "oft.safetensors", out), "OFT"),
         ((tmp_path / "p.bin", out), "only .safetensors"),
         ((tmp_path / "no.safetensors", out), "does not exist"),
         ((adapter, out, "--to", "webui"), "layout="),
