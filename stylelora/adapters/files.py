@@ -322,11 +322,11 @@ def check_fit(
             raise ValueError(f"{c}: a layer is there twice, with and without text_model.; split the file")
     return fitted
 
-# %% ../../nbs/02_adapters/07_files.ipynb #b1f21444
+# %% ../../nbs/02_adapters/07_files.ipynb #7a0b72b1
 def load_components(
     owner: object,  # base or pipeline
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}
-    scale: float = 1.0,  # strength of the adapter
+    scale: float = 1.0,  # lora_scale of the adapter
 ) -> int:  # number of layers loaded
     "Put a state into the networks it belongs to; all of it, or nothing."
     fitted, networks = check_fit(owner, state), networks_of(owner)
@@ -348,11 +348,11 @@ def read_for(
         raise ValueError(f"{path}: {e}") from None
     return found
 
-# %% ../../nbs/02_adapters/07_files.ipynb #7ca5e2d9
+# %% ../../nbs/02_adapters/07_files.ipynb #37ffb48e
 def load_adapter(
     owner: object,  # has the networks as attributes, such as a Base
     path: str | Path,  # file or folder of an adapter, in any key format
-    scale: float = 1.0,  # strength of the adapter
+    scale: float = 1.0,  # lora_scale of the adapter
     strict: bool = True,  # False: skip keys that are not understood; the layers must fit all the same
 ) -> AdapterFile:  # what the file said
     "Load an adapter of any key format into a model; all of it arrives, or nothing does."
@@ -364,7 +364,7 @@ def load_adapter(
 def load_lora(
     model: nn.Module,  # U-Net, bare or with adapters on the same layers
     path: str | Path,  # file or folder of an adapter, in any key format
-    scale: float = 1.0,  # strength of the adapter
+    scale: float = 1.0,  # lora_scale of the adapter
 ) -> dict:  # the manifest, {} if the file has none
     "Load an adapter into a U-Net alone."
     return load_adapter(SimpleNamespace(unet=model), path, scale).manifest

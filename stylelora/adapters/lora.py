@@ -332,13 +332,13 @@ def unmerge(
         layer.unmerge()
     return len(layers)
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #b17b9362
+# %% ../../nbs/02_adapters/01_lora.ipynb #04937432
 def set_scale(
     model: nn.Module,  # network with adapters, not merged
-    scale: float = 1.0,  # strength; the effective scale becomes scale * lora_alpha / rank
+    scale: float = 1.0,  # lora_scale; the effective scale becomes scale * lora_alpha / rank
     pattern: str = "",  # regular expression over layer names; '' means all
 ) -> int:  # number of adapters set
-    "Set the strength of the adapters: 0 is the bare base, 1 the adapter as trained."
+    "Set the `lora_scale` of the adapters: 0 is the bare base, 1 the adapter as trained."
     hits = {n: m for n, m in lora_layers(model).items() if re.search(pattern, n)}
     if not hits:
         raise ValueError(f"pattern={pattern!r} matches none of the {len(lora_layers(model))} adapters here")
@@ -404,11 +404,11 @@ def check_state(
         if problem := _problem(kind_of(s), modules.get(n), s):
             raise ValueError(f"{n}: {problem}")
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #7a72e58e
+# %% ../../nbs/02_adapters/01_lora.ipynb #27d81e89
 def load_state(
     model: nn.Module,  # network, bare or with adapters on the same layers
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}, see `lora_state`
-    scale: float = 1.0,  # strength of the loaded adapters
+    scale: float = 1.0,  # lora_scale of the loaded adapters
 ) -> list[str]:  # names of the adapted layers
     "Put stored adapters into a model, each with its own rank and lora_alpha."
     check_state(model, state)

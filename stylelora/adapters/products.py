@@ -40,7 +40,7 @@ class _Held(AdapterLayer):
         self.factors, self.lora_alpha = nn.ParameterDict(factors), float(lora_alpha or rank)
         self.train(base.training)
 
-# %% ../../nbs/02_adapters/02_products.ipynb #ace264ca
+# %% ../../nbs/02_adapters/02_products.ipynb #6e5d76a1
 class FactorLayer(_Held):
     "Hold the tensors of a kind whose update is a closed form of them, beside a frozen layer."
 
@@ -48,7 +48,7 @@ class FactorLayer(_Held):
     rank = property(lambda self: kind_of(self.kind).rank_of(self.factors) or 1)
 
     def update(self):
-        "Form the update of the weight at the present strength, (d,k) or (d,c,k,k), with gradients."
+        "Form the update of the weight at the present `lora_scale`, with gradients."
         W = self._kept[0] if self.merged else self.base.weight
         s = dict(self.factors.items(), kind=self.kind, of=self.of, alpha=self.lora_alpha)
         return self.strength * kind_of(self.kind).form(s, W.float()).reshape(W.shape)
