@@ -18,7 +18,7 @@ from typer import Argument, Option
 
 from .options import finite, names_in, number, share
 
-# %% ../../nbs/11_apps/03_sample.ipynb #cb5e41c1
+# %% ../../nbs/11_apps/03_sample.ipynb #135dd4ab
 SAMPLER_NAMES = names_in("sample.samplers", "SAMPLERS")
 
 
@@ -90,16 +90,16 @@ def fetch_adapter(
         ) from None
     return found / file[0] if file else found
 
-# %% ../../nbs/11_apps/03_sample.ipynb #f5a5e338
+# %% ../../nbs/11_apps/03_sample.ipynb #23a1d83a
 @dataclass
 class Denoising:
     "From noise to picture."
 
-    sampler: Annotated[str, Option(autocompletion=SAMPLER_NAMES, help="ddim, euler, heun, …")] = "ddim"
-    num_inference_steps: Annotated[int, Option(help="Steps of the sampler.")] = 50
+    sampler: Annotated[str, Option(autocompletion=SAMPLER_NAMES, help="ddim, euler, heun, …")] = None
+    num_inference_steps: Annotated[int, Option(help="Steps of the sampler.")] = None
     timestep_spacing: Annotated[str, Option(help="Which noise levels: leading, trailing, karras, …")] = None
     eta: Annotated[float, share(help="Share of fresh noise, if a sampler takes any.")] = None
-    guidance_scale: Annotated[float, number(help="How strictly to follow the prompt; 1: no guidance.")] = 7.5
+    guidance_scale: Annotated[float, number(help="How strictly to follow the prompt; 1: no guidance.")] = None
     guidance_rescale: Annotated[float, share(help="Share of its contrast to take back.")] = 0.0
     negative_prompt: Annotated[str, Option(help="Prompt to be guided away from.")] = ""
     prompt_2: Annotated[str, Option(help="What SDXL's second text encoder reads instead.")] = None
@@ -126,16 +126,20 @@ class Pictures:
     zoom: Annotated[int, Option(min=1, help="Enlarge every pixel so many times.")] = 1
     out: Annotated[Path, Option(help="Picture of all, or a folder for single ones.")] = Path("grid.png")
 
-# %% ../../nbs/11_apps/03_sample.ipynb #00af3173
+# %% ../../nbs/11_apps/03_sample.ipynb #2891926b
 def settings_of(
     how: Denoising,  # the sampler and its numbers
     start: Start,  # the picture to start from
     pictures: Pictures,  # size and file
+    base: object = None,  # Base that draws, once it is known
 ):  # Settings
     "Collect the settings of a drawing, and check them."
+    from stylelora.models.defaults import LARGE, defaults_of
     from stylelora.sample.generate import Settings, kept_steps, kind_of
 
-    settings = Settings(**vars(how), strength=start.strength, size=pictures.size)
+    usual = defaults_of(base).sample if base else LARGE.sample
+    given = {name: value for name, value in vars(how).items() if value is not None}
+    settings = Settings(**usual | given, strength=start.strength, size=pictures.size)
     if start.image:
         kept_steps(settings.num_inference_steps, settings.strength)
     if not single(pictures.out):
@@ -178,7 +182,7 @@ def warn_of_words(
     for text in check_prompts(base, prompts, [negative], call):
         print(f"warning: {text}")
 
-# %% ../../nbs/11_apps/03_sample.ipynb #81a78d7d
+# %% ../../nbs/11_apps/03_sample.ipynb #65540361
 def run_sample(
     prompt: Annotated[list[str], Argument(help="What to draw; several prompts make several rows.")],
     pictures: Pictures,  # how many, how large, and where they go
@@ -192,15 +196,15 @@ def run_sample(
     One picture with a row per prompt and a column per seed, or, if --out
     is a folder, single pictures that carry prompt, seed and settings.
     Prompts of the embedded model have the form '<style> emoji of <thing>',
-    with the styles noto, blob, twemoji, emojione and fxemoji; <s1> to <s8>
-    are for adapters."""
+    with the styles noto, blob, twemoji, emojione, fxemoji, or an adapter's <s1>."""
     from stylelora.sample.generate import start_picture
 
-    settings = settings_of(how, start, pictures)
+    settings_of(how, start, pictures)
     check_notation(prompt)
     image = start_picture(start.image) if start.image else None
     worn = [(find_adapter(name), weight) for name, weight in map(split_weight, adapter.lora)]
     base = load_model(model)
+    settings = settings_of(how, start, pictures, base)
     warn_of_words(base, prompt, settings.negative_prompt, worn)
     wear(base, worn, adapter.lora_scale, not adapter.skip_unknown)
     _draw(base, prompt, pictures, settings, image, [(file, w * adapter.lora_scale) for file, w in worn])

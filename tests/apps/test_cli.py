@@ -160,6 +160,8 @@ def test_every_setting_reaches_the_drawing(tmp_path, pictures):
         "6",
         "--guidance-scale",
         "3",
+        "--sampler",
+        "ddim",
         "--out",
         str(tmp_path / "g.png"),
     ]
