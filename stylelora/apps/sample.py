@@ -18,7 +18,7 @@ from typer import Argument, Option
 
 from .options import finite, names_in, number, share
 
-# %% ../../nbs/11_apps/03_sample.ipynb #135dd4ab
+# %% ../../nbs/11_apps/03_sample.ipynb #4a7b437b
 SAMPLER_NAMES = names_in("sample.samplers", "SAMPLERS")
 
 
@@ -26,11 +26,10 @@ SAMPLER_NAMES = names_in("sample.samplers", "SAMPLERS")
 class Model:
     "Model and device."
 
-    base: Annotated[str, Option(help="embedded, tiny (random), a diffusers folder, a file or a hub id.")] = (
-        "embedded"
-    )
+    base: Annotated[str, Option(help="embedded, tiny, a diffusers folder, a file or a hub id.")] = "embedded"
     vae: Annotated[str, Option(help="Another autoencoder: a diffusers folder, a file or a hub id.")] = None
     device: Annotated[str, Option(help="auto, cpu, cuda or mps.")] = "auto"
+    base_dtype: Annotated[str, Option(help="How the base is held: float32, bfloat16, float16.")] = "float32"
 
 
 @dataclass
@@ -209,14 +208,14 @@ def run_sample(
     wear(base, worn, adapter.lora_scale, not adapter.skip_unknown)
     _draw(base, prompt, pictures, settings, image, [(file, w * adapter.lora_scale) for file, w in worn])
 
-# %% ../../nbs/11_apps/03_sample.ipynb #cc2cc285
+# %% ../../nbs/11_apps/03_sample.ipynb #2cce3502
 def load_model(
     model: Model,  # what to load
 ):  # Base
     "Load a model."
     from stylelora.models.load import load_base
 
-    return load_base(model.base, model.device, vae=model.vae)
+    return load_base(model.base, model.device, model.base_dtype, vae=model.vae)
 
 # %% ../../nbs/11_apps/03_sample.ipynb #7df5cf8c
 def wear(

@@ -263,7 +263,7 @@ def encode_image(
         z = code.latent_dist.mode() if generator is None else code.latent_dist.sample(generator)
     return (z - shift) * scaling
 
-# %% ../../nbs/03_models/02_base.ipynb #b1eed487
+# %% ../../nbs/03_models/02_base.ipynb #b6af7d3e
 @torch.no_grad()
 def decode(
     base: Base,  # the model whose autoencoder is used
@@ -272,7 +272,9 @@ def decode(
     "Decode latents to pictures."
     scaling, shift = _scaling(base.vae)
     z = latents.to(base.device, torch.float32).contiguous() / scaling + shift
-    return base.vae.decode(z).sample.clamp(-1, 1)
+    half = base.dtype is torch.bfloat16
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=half):
+        return base.vae.decode(z).sample.float().clamp(-1, 1)
 
 # %% ../../nbs/03_models/02_base.ipynb #51743ed6
 def to_uint8(

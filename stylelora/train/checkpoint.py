@@ -219,7 +219,7 @@ def digest_of(
         tensors |= {f"{name}.{k}": torch.as_tensor(v).cpu() for k, v in layer.items() if v is not None}
     return digest(tensors)
 
-# %% ../../nbs/05_train/02_checkpoint.ipynb #d705a360
+# %% ../../nbs/05_train/02_checkpoint.ipynb #c7dd4837
 FREE = ("save_every", "sample_every")  # parameters that do not change the result
 RECIPE = ("timestep_sampling", "loss_weighting", "snr_gamma", "timestep_remapping", "prediction")
 
@@ -238,6 +238,8 @@ def describe(
     told |= dict(schedule=objective.schedule.name, objective=digest(tables))
     told |= {k: getattr(objective, k) for k in RECIPE}
     told |= dict(base=base.name, base_hash=base.hash)
+    if base.dtype is not torch.float32:
+        told["base_dtype"] = str(base.dtype).removeprefix("torch.")
     told["data"] = digest(dict(latents=latents.cpu(), contexts=contexts.cpu()))
     if val is not None:
         told["val"] = digest(dict(latents=val[0].cpu(), contexts=val[1].cpu()))
