@@ -19,7 +19,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export MPLBACKEND ?= agg
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install study smoke report pretrain test lint format test-notebooks test-python browser export nbs clean
+.PHONY: help install study smoke report pretrain test lint format test-notebooks test-python browser export nbs bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make format    one format for notebooks, tests and tools (ruff)"
 	@echo "make export    notebooks in nbs/ to the package stylelora/"
 	@echo "make nbs       run the library notebooks in place and store their outputs"
+	@echo "make bench     time sampling and training against diffusers and peft"
 	@echo "make clean     remove what was built; keeps $(VENV), results and adapters"
 
 # ---- the environment, once -------------------------------------------------------------------------------------
@@ -101,6 +102,10 @@ export: $(READY)
 
 nbs: $(READY)
 	@for nb in $(LIBRARY); do $(STEP) "run $$nb" "$(BIN)/python" tools/nbtext.py run $$nb || exit 1; done
+
+# Against the installed diffusers and peft, in turns; a quarter of an hour on two idle cores. It is no test.
+bench: $(READY)
+	@$(STEP) "bench: stylelora against diffusers and peft" "$(BIN)/python" tools/bench.py
 
 clean:
 	@$(STEP) "clean: remove built files (the environment $(VENV), results and adapters stay)" \
