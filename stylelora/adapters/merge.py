@@ -6,8 +6,8 @@
 __all__ = ['layer_weights', 'check_states', 'blend', 'Fit', 'compress', 'resize', 'average_factors', 'differences', 'extract',
            'block_of', 'inspect_state', 'block_shares', 'merge_files', 'resize_file', 'convert_file']
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #310f51f1
-import json, math, re
+# %% ../../nbs/02_adapters/08_merge.ipynb #0f1cfd16
+import math, re
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path

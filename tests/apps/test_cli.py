@@ -315,7 +315,7 @@ def test_report_says_what_is_missing(capsys, tmp_path, monkeypatch):
     assert "unknown" in fails(capsys, "report", "--renderer", "jekyll")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
-    assert "not a site" in fails(capsys, "report", "--out", tmp_path / "full")
+    assert "not made by stylelora report" in fails(capsys, "report", "--out", tmp_path / "full")
 
 
 def test_a_training_that_was_stopped_goes_on(capsys, tmp_path, pictures, monkeypatch):

@@ -59,7 +59,7 @@ def mine(tmp_path_factory):
 def test_problems_are_named_and_losses_told(mine):
     home, said = mine
     assert "7 pictures, 1 to look at" in said and "copy of" in said
-    assert "4 steps; held-out loss" in said and "the proposal's values" in said
+    assert "4 steps; held-out loss" in said and "searched on validation concepts" in said
 
 
 def test_all_files_hold_the_same_adapter(mine):
