@@ -90,7 +90,7 @@ def peft_trainer(folder, latents, contexts):
     params = [p for p in unet.parameters() if p.requires_grad]
     for p in params:
         p.data = p.data.float()
-    optimizer = torch.optim.AdamW(params, lr=5e-4, weight_decay=0.01)
+    optimizer, half = torch.optim.AdamW(params, lr=5e-4, weight_decay=0.01), torch.bfloat16
 
     def step():
         index = torch.randint(len(latents), (BATCH,), generator=g)
@@ -98,7 +98,7 @@ def peft_trainer(folder, latents, contexts):
         t = torch.randint(len(scheduler.alphas_cumprod), (BATCH,), generator=g)
         noisy = scheduler.add_noise(z, noise, t)
         with torch.autocast("cpu", torch.bfloat16):
-            out = unet(noisy, t, encoder_hidden_states=contexts[index]).sample
+            out = unet(noisy.to(half), t, encoder_hidden_states=contexts[index].to(half)).sample
         F.mse_loss(out.float(), noise).backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
