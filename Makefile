@@ -103,7 +103,7 @@ export: $(READY)
 nbs: $(READY)
 	@for nb in $(LIBRARY); do $(STEP) "run $$nb" "$(BIN)/python" tools/nbtext.py run $$nb || exit 1; done
 
-# Against the installed diffusers and peft, in turns; a quarter of an hour on two idle cores. It is no test.
+# Against the installed diffusers and peft, in turns. It is no test.
 bench: $(READY)
 	@$(STEP) "bench: stylelora against diffusers and peft" "$(BIN)/python" tools/bench.py
 

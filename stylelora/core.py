@@ -8,10 +8,11 @@ __all__ = ['UNFINISHED', 'root', 'assets', 'pick_device', 'pick_dtype', 'pick_pr
            'sha256_bytes', 'hash_files', 'register', 'nearest', 'pick', 'Missing', 'slug', 'human_bytes', 'human_time',
            'peak_memory_mb']
 
-# %% ../nbs/00_tools/01_core.ipynb #b2fa4cbd
+# %% ../nbs/00_tools/01_core.ipynb #cbf86dba
 import difflib, hashlib, json, os, re, secrets, stat, sys, unicodedata
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 import numpy as np
 import torch
@@ -170,7 +171,7 @@ def _open_neighbour(target):
             return handle, file
         os.close(handle)  # swept between the two lines
 
-# %% ../nbs/00_tools/01_core.ipynb #dd022232
+# %% ../nbs/00_tools/01_core.ipynb #9dff7c82
 def sweep(
     folder: Path | str,  # that files were written into, atomically
 ) -> list:  # names of what was removed
@@ -182,6 +183,9 @@ def sweep(
             os.unlink(f.name)
             swept.append(name)
     return swept
+
+
+_sweep_once = cache(sweep)  # a folder of ten thousand latents is not listed for each of them
 
 # %% ../nbs/00_tools/01_core.ipynb #5c3bdefc
 def taken(
@@ -207,7 +211,7 @@ def _put(neighbour, target, replace):
             raise taken(target) from None
         os.replace(neighbour, target)
 
-# %% ../nbs/00_tools/01_core.ipynb #3d87b519
+# %% ../nbs/00_tools/01_core.ipynb #bad82b50
 def write_atomic(
     path: Path | str,  # target file; missing folders are made, a link is written through
     data: bytes | str,  # text is stored as UTF-8
@@ -219,7 +223,7 @@ def write_atomic(
     if target.exists() and not target.is_file():
         raise FileExistsError(f"{path} is a folder or a device and cannot be replaced; give another name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target.parent)
+    _sweep_once(target.parent)
     handle, neighbour = _open_neighbour(target)
     try:
         with os.fdopen(handle, "wb") as f:

@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from stylelora.train.checkpoint import start
 from stylelora.train.loop import advance, plain_objective
 from stylelora.train.step import TrainConfig
 
-SCHEDULERS = dict(ddim=("DDIMScheduler", {}), dpmpp_2m=("DPMSolverMultistepScheduler", {}))
+SCHEDULERS = dict(ddim="DDIMScheduler", dpmpp_2m="DPMSolverMultistepScheduler")
 ROWS = [  # sampler, steps, pictures at a time, number format
     ("ddim", 25, 1, "bfloat16"),
     ("dpmpp_2m", 20, 1, "bfloat16"),
@@ -53,11 +54,10 @@ def pipeline(folder, sampler, dtype):
     "Open the base in diffusers as its users do."
     import diffusers
 
-    cls, options = SCHEDULERS[sampler]
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(
         folder, torch_dtype=pick_dtype(dtype), safety_checker=None, requires_safety_checker=False
     )
-    pipe.scheduler = getattr(diffusers, cls).from_config(pipe.scheduler.config, **options)
+    pipe.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -182,10 +182,11 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=root() / "reports" / "results" / "bench.json")
     a = parser.parse_args(argv)
     torch.set_num_threads(a.threads)
-    folder = assets() / "base" if a.base == "embedded" else Path(a.base)
-    if a.base == "tiny":
-        folder = save_base(tiny_base(), a.out.parent / "tiny")
-    found = bench(folder, a.rounds, a.only.split(","))
+    with tempfile.TemporaryDirectory() as room:
+        folder = assets() / "base" if a.base == "embedded" else Path(a.base)
+        if a.base == "tiny":
+            folder = save_base(tiny_base(), Path(room) / "tiny")
+        found = bench(folder, a.rounds, a.only.split(","))
     for r in found:
         print(f"{r['what']:45} {r['ratio']:.2f} [{r['low']:.2f}..{r['high']:.2f}]")
     print(write_json(a.out, found))

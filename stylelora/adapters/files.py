@@ -7,7 +7,7 @@ __all__ = ['FILE', 'LAYOUTS', 'target_of', 'write_peft', 'save_adapter', 'save_l
            'AdapterFile', 'read_adapter', 'source_of', 'read_lora', 'reshaped', 'same_axes', 'check_fit',
            'load_components', 'read_for', 'load_adapter', 'load_lora']
 
-# %% ../../nbs/02_adapters/07_files.ipynb #98a969fe
+# %% ../../nbs/02_adapters/07_files.ipynb #65534981
 import json
 import math
 from collections import Counter
@@ -23,9 +23,10 @@ from .keys import NETWORKS, TEXT, join_components, layer_names, layers_of, netwo
 from .keys import sort_tensors, split_components, to_state
 from .layouts import adapter_config, call_texts, check_layout, diffusers_bytes
 from .layouts import fit_numbers, is_sdxl, kohya_bytes, kohya_texts, one_alpha
-from .layouts import pack, to_tensors
+from .layouts import to_tensors
 from .lora import check_state, kind_of, load_state, lora_state
 from ..core import check_finite, hash_files, path_of, pick_dtype, read_json, taken, write_atomic
+from ..sealed import pack
 
 # %% ../../nbs/02_adapters/07_files.ipynb #ed064329
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder

@@ -20,9 +20,9 @@ from .lora import kind_of
 from .merge import block_shares, inspect_state
 from ..core import hash_files, human_bytes
 
-# %% ../../nbs/02_adapters/11_inspect.ipynb #4c9d2d11
-_TITLES = dict(diffusers="diffusers with PEFT layers", peft="PEFT", old="an older layout of diffusers")
-_TITLES |= dict(comfyui="ComfyUI")
+# %% ../../nbs/02_adapters/11_inspect.ipynb #76ac09bd
+_TITLES = dict(peft="PEFT", comfyui="ComfyUI", old="an older layout of diffusers")
+_TITLES["diffusers"] = "diffusers with PEFT layers"
 
 
 def inspect_file(

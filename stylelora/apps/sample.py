@@ -234,7 +234,7 @@ def wear(
         states = [read_for(base, path, strict).state for path, _ in worn]
         load_components(base, blend(states, [weight for _, weight in worn]), strength)
 
-# %% ../../nbs/11_apps/03_sample.ipynb #58666976
+# %% ../../nbs/11_apps/03_sample.ipynb #3cd267e9
 def _draw(
     base, prompts, pictures, settings, image, worn
 ):  # Base, texts, Pictures, Settings, PIL image, adapters
@@ -247,16 +247,17 @@ def _draw(
     seeds = range(pictures.seed, pictures.seed + pictures.n)
     made = generate(base, prompts, seeds, batch=pictures.batch_size, images=start, **vars(settings))
     if single(pictures.out):
-        made.save(pictures.out, text=_facts(base, worn))
+        made.save(pictures.out, text=_facts(base, worn, settings))
     else:
         write_grid(made.images, pictures.n, pictures.out, pictures.zoom)
     cost, calls = made.table.seconds.mean(), made.table.nfe.iloc[0]
     print(f"{len(made)} pictures in {pictures.out}: {cost:.2f} s and {calls} network evaluations each")
 
-
-def _facts(base, worn):  # Base; (file or folder, weight) of each adapter
+# %% ../../nbs/11_apps/03_sample.ipynb #111a65c9
+def _facts(base, worn, settings):  # Base; (file or folder, weight) of each adapter; Settings
     "Say in plain values which model and which adapters drew."
     from stylelora.adapters.files import source_of
 
     adapters = [dict(file=source_of(p)["file"], sha256=source_of(p)["sha256"], weight=w) for p, w in worn]
-    return dict(base=base.name, base_hash=base.hash, adapters=adapters)
+    formats = dict(base_dtype=str(base.dtype)[6:], mixed_precision=settings.mixed_precision)
+    return dict(base=base.name, base_hash=base.hash, **formats, adapters=adapters)

@@ -298,21 +298,29 @@ def run_train(
     session = Session(load_model(model), files, watching)
     _train(session, folder, captions, training, noise, given)
 
-# %% ../../nbs/11_apps/04_train.ipynb #f9382abd
+# %% ../../nbs/11_apps/04_train.ipynb #35d3858b
+def _read_init(file, base, given):  # Path; Base; parameters that were given, which get its rank
+    "Read the adapter to start from, and refuse it now if it cannot be trained on."
+    from stylelora.adapters.files import read_for
+    from stylelora.train.loop import check_init
+
+    state = read_for(base, file).state
+    check_init(state)
+    given.setdefault("rank", len(next(iter(state.values()))["A"]))
+    return state
+
+# %% ../../nbs/11_apps/04_train.ipynb #9a623d06
 def _train(s, folder, captions, training, noise, given):  # Session; Path; groups of options; dict
     "Train, say what came out, and write the page."
-    from stylelora.adapters.files import read_adapter
     from stylelora.data.folder import list_images
     from stylelora.sample.watch import hooks_of
     from stylelora.train.from_folder import train_folder
 
-    init = read_adapter(training.init) if training.init else None
-    if init and "rank" not in given:
-        given["rank"] = len(next(iter(init.state.values()))["A"])
+    init = _read_init(training.init, s.base, given) if training.init else None
     watcher, config = watcher_of(s, config_of(given, s.base, len(list_images(folder.expanduser()))))
     how = dict(template=captions.template, style=captions.style, flip=captions.flip, n_val=captions.val)
     how |= dict(work=s.files.work, force=s.files.force, on_pictures=partial(_seen, s))
-    how |= dict(init=init.state if init else None) | hooks_of(watcher)
+    how |= dict(init=init) | hooks_of(watcher)
     done = train_folder(s.base, folder, s.files.out, config, _objective_of(noise, s.base), **how)
     print(
         f"{done.file} after {int(done.history.step.max())} steps, last loss {done.history.loss.iloc[-1]:.4f}"
@@ -325,13 +333,14 @@ def _seen(s, found):  # Session, Pictures
     s.pictures = found
     _report(found, s.base.size)
 
-# %% ../../nbs/11_apps/04_train.ipynb #782c4f59
+# %% ../../nbs/11_apps/04_train.ipynb #b17a8fd1
 def _write_page(s, done):  # Session, Trained
     "Write table and page beside the adapter; without matplotlib there is no page."
     from stylelora.core import write_atomic
 
     write_atomic(s.folder / "history.csv", done.history.to_csv(index=False).encode())
-    call = f"stylelora sample {shlex.quote(done.pictures.call['example'])} --lora {done.file}"
+    example, file = shlex.quote(done.pictures.call["example"]), shlex.quote(str(done.file))
+    call = f"stylelora sample {example} --lora {file}"
     try:
         from stylelora.report.card import write_page
 

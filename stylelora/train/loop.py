@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CHECKPOINT', 'add_gradients', 'draw_batch', 'advance', 'stoppable', 'Watch', 'Training', 'after_step', 'report',
            'loop', 'check_target', 'alone_in', 'begin', 'finish', 'plain_objective', 'carry_out', 'train',
-           'take_mirrored', 'take_init', 'place_files']
+           'take_mirrored', 'check_init', 'take_init', 'place_files']
 
-# %% ../../nbs/05_train/03_loop.ipynb #a4ea6723
+# %% ../../nbs/05_train/03_loop.ipynb #02c095c6
 import json, math, signal, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 from ..adapters.files import FILE, read_lora, save_lora, target_of
-from ..adapters.lora import lora_layers
+from ..adapters.lora import kind_of, lora_layers
 from ..core import path_of, seed_of, taken, write_atomic
 from ..processes import interruptible, locked
 from ..models.base import Base, encode_text, same_sizes
@@ -338,13 +338,23 @@ def take_mirrored(
         t.identity["mirrored"] = digest(dict(latents=mirrored.cpu()))
     return t
 
-# %% ../../nbs/05_train/03_loop.ipynb #4e3c6713
+# %% ../../nbs/05_train/03_loop.ipynb #b1a02953
+def check_init(
+    init: dict,  # weights of an adapter, layer name -> its state
+):
+    "Refuse an adapter that cannot be trained on."
+    if odd := [s for s in init.values() if kind_of(s).kind != "lora"]:
+        kind = f"the adapter to start from is {kind_of(odd[0]).title}, not LoRA"
+        raise ValueError(f"{kind}; stylelora merge makes a LoRA of it")
+
+
 def take_init(
     t: Training,  # changed in place
     init: dict | None,  # weights of an adapter, layer -> {'A','B'}, or None
 ) -> Training:  # the same
     "Give a training the adapter that it starts from."
     if init:
+        check_init(init)
         t.init, t.identity["init"] = init, digest_of(init)
     return t
 
