@@ -37,7 +37,11 @@ def declared(notebook):
 
 def run_plain(notebook, used):
     "Run a notebook's code in this process; the figures are drawn and dropped."
+    import torch
+
     os.environ.setdefault("MPLBACKEND", "agg")
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
     os.chdir(Path(notebook).parent)
     scope = dict(display=print, __name__="__main__")
     for source, tags in code_cells(Path(notebook).name):

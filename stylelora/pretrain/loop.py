@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Pace', 'Budget', 'learning_rate', 'orthogonal', 'Muon', 'update_ema', 'swap_weights', 'save_state', 'load_state',
-           'time_spent', 'Run', 'advance', 'fit']
+           'time_spent', 'Run', 'advance', 'made_ahead', 'fit']
 
-# %% ../../nbs/pretrain/02_loop.ipynb #a9af0806
+# %% ../../nbs/pretrain/02_loop.ipynb #05dd1bf3
 "A resumable training loop whose batch at step k depends on the seed and k alone."
+import itertools
 import json
 import math
 import time
@@ -39,7 +40,7 @@ class Pace:
     rates: tuple = ()  # factor of each network's learning rate; one for those not named
     muon: bool = False  # orthogonalised momentum for the convolutions, Adam for the rest
 
-# %% ../../nbs/pretrain/02_loop.ipynb #02acd9c1
+# %% ../../nbs/pretrain/02_loop.ipynb #1ad4600e
 @dataclass
 class Budget(Pace):
     "How long and how fast to train."
@@ -51,6 +52,7 @@ class Budget(Pace):
     seconds: float = 0.0  # of training in all, where the clock is the budget; 0 counts images
     cpu_clock: bool = False  # count seconds of the processor, not of the wall: where others work beside
     threads: int = 0  # parts of a batch that are worked on at once, each by one thread; 0: the whole batch
+    ahead: int = 0  # processes that make the next batches while a step runs; 0: none is made ahead
 
     @property
     def steps(self) -> int:
@@ -321,7 +323,32 @@ def _train(run, batch_fn, loss_fn, last, on_eval, bar, log):
             log.flush()
             saved = _checkpoint(run, on_eval)
 
-# %% ../../nbs/pretrain/02_loop.ipynb #97e237c6
+# %% ../../nbs/pretrain/02_loop.ipynb #13c018be
+class _Steps(torch.utils.data.Dataset):
+    def __init__(self, batch_fn, seed):
+        self.batch_fn, self.seed = batch_fn, seed
+
+    def __getitem__(self, step):
+        return self.batch_fn(step, generator(self.seed, "batch", step))
+
+
+def made_ahead(
+    batch_fn: Callable,  # (step, torch.Generator) -> tensors; nothing else that changes
+    budget: Budget,  # gives the seed and the number of processes
+    first: int,  # the first step that asks
+) -> Callable:  # the same, with its answers made ahead
+    "Let processes make the next batches while a step runs."
+    if not budget.ahead:
+        return batch_fn
+    how = dict(num_workers=budget.ahead, prefetch_factor=4, pin_memory=torch.cuda.is_available())
+    steps = _Steps(batch_fn, budget.seed)
+    loader = torch.utils.data.DataLoader(
+        steps, batch_size=None, sampler=itertools.count(first), multiprocessing_context="fork", **how
+    )
+    made = iter(loader)
+    return lambda step, gen: next(made)
+
+# %% ../../nbs/pretrain/02_loop.ipynb #23428175
 def fit(
     modules: list,  # networks to train; all on one device
     batch_fn: Callable,  # (step, torch.Generator) -> batch
@@ -337,7 +364,7 @@ def fit(
     run = Run(modules, budget, folder)
     if on_start:
         on_start(run)
-    last = run.step + (stop_after or 10**9)
+    last, batch_fn = run.step + (stop_after or 10**9), made_ahead(batch_fn, budget, run.step)
     with _bar(run, progress) as bar, (run.folder / "log.jsonl").open("a") as log:
         _train(run, batch_fn, loss_fn, last, on_eval, bar, log)
     return run.ema

@@ -163,21 +163,22 @@ def training_captions(
         out.append("" if empty else random_caption(dict(info[c], concept=c), None if plain else v, rng))
     return out
 
-# %% ../../nbs/pretrain/10_unet.ipynb #173a6610
+# %% ../../nbs/pretrain/10_unet.ipynb #a3e259a4
 def denoising_loss(
     unet: torch.nn.Module,  # UNet2DConditionModel
     text: torch.nn.Module,  # CLIPTextModel
     z: torch.Tensor,  # latents (b,4,h,w), unit deviation
     ids: torch.Tensor,  # token ids (b,L)
     schedule: Schedule,  # noise levels of all timesteps
-    gen: torch.Generator,  # draws noise and timesteps, on the cpu
+    gen: torch.Generator,  # draws noise and timesteps, on its own device
     amp: bool = True,  # bf16 autocast
     weights: torch.Tensor | None = None,  # of each timestep (T,); None for one
 ) -> torch.Tensor:  # squared error of each example (b,)
     "Predict the noise of a noisy latent (Ho et al. 2020, eq. 14)."
-    b = len(z)
-    eps = torch.randn(z.shape, generator=gen).to(z)
-    t = ((torch.arange(b) + torch.rand(b, generator=gen)) / b * len(schedule.betas)).long().to(z.device)
+    b, own = len(z), dict(device=gen.device)
+    eps = torch.randn(z.shape, generator=gen, **own).to(z)
+    t = (torch.arange(b, **own) + torch.rand(b, generator=gen, **own)) / b * len(schedule.betas)
+    t = t.long().to(z.device)
     xt = add_noise(z, eps, t, schedule).to(z.dtype).contiguous(memory_format=torch.channels_last)
     with torch.autocast(z.device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
         out = unet(xt, t, encoder_hidden_states=text(ids).last_hidden_state).sample
