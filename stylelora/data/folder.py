@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LEVELS', 'UNREAD', 'UNREAD_TABLE', 'NO_CAPTION', 'SIDES', 'square', 'check_image', 'read_image', 'check_others',
            'check_files', 'count_cut', 'check_texts', 'Pictures', 'read_folder', 'problem_table', 'add_problems',
-           'load_images', 'data_hash', 'hold_out', 'mirror_images', 'cached', 'LatentCache']
+           'load_images', 'data_hash', 'hold_out', 'mirror_images', 'cached', 'content_name', 'LatentCache']
 
-# %% ../../nbs/04_data/01_folder.ipynb #27916ebc
-import json, re
+# %% ../../nbs/04_data/01_folder.ipynb #107f9ac2
+import inspect, json, re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -290,6 +291,32 @@ def cached(
     x = compute().cpu().contiguous()
     write_atomic(file, seal({"x": x}, {}))
     return x
+
+# %% ../../nbs/04_data/01_folder.ipynb #479bfa6f
+def _text_of(code):
+    "Return the text of the module of a function or class, or its name where there is no text."
+    module = inspect.getmodule(code)
+    with suppress(TypeError, OSError):
+        return inspect.getsource(module if hasattr(module, "__file__") else code)
+    return code.__qualname__
+
+
+def content_name(
+    *what: object,  # arrays, tensors, networks, functions and plain values
+) -> str:  # 64 hexadecimal digits
+    "Name things by their content."
+
+    def bytes_of(x):
+        if isinstance(x, torch.nn.Module):
+            return b"".join(map(bytes_of, [type(x), *getattr(x, "model", x).state_dict().values()]))
+        if isinstance(x, torch.Tensor):
+            raw = x.cpu().reshape(-1).contiguous().view(torch.uint8)
+            return f"{x.dtype}{tuple(x.shape)}".encode() + bytes_of(raw.numpy())
+        if isinstance(x, np.ndarray):
+            return f"{x.dtype}{x.shape}".encode() + x.tobytes()
+        return (_text_of(x) if callable(x) else repr(x)).encode()
+
+    return sha256_bytes(" ".join(f"{type(x).__name__} {sha256_bytes(bytes_of(x))}" for x in what))
 
 # %% ../../nbs/04_data/01_folder.ipynb #40a4e7b5
 class LatentCache:

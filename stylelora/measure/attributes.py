@@ -6,12 +6,15 @@
 __all__ = ['ATTRIBUTES', 'figure_of', 'palette_of', 'outline_of', 'shading_of', 'shape_of', 'way_of', 'project', 'centroid_score',
            'Measured', 'measure_grid', 'ReferenceAxis', 'make_reference_axis', 'attribute_scores', 'auc', 'validity']
 
-# %% ../../nbs/08_measure/06_attributes.ipynb #a950b9ea
+# %% ../../nbs/08_measure/06_attributes.ipynb #a790ddc9
 from dataclasses import dataclass
+from pathlib import Path
 import numpy as np
 import pandas as pd
+import torch
 from scipy.ndimage import binary_dilation, binary_opening
 from scipy.stats import mannwhitneyu
+from ..data.folder import cached, content_name
 from ..data.grid import Grid, grid_images
 from .skill import edge_map, rgb_to_lab
 
@@ -135,12 +138,13 @@ class Measured:
     values: dict  # attribute -> (concepts,styles,d), NaN where there is no drawing
     measures: dict  # attribute -> function from pictures (b,h,w,3) to (b,d)
 
-# %% ../../nbs/08_measure/06_attributes.ipynb #53f7f982
+# %% ../../nbs/08_measure/06_attributes.ipynb #d03ec4ff
 def measure_grid(
     grid: Grid,  # from `load_grid`
     split: str,  # 'pool', 'val', 'test' or 'novel'
     measures: dict | None = None,  # more attributes: name -> function from pictures (b,h,w,3) to (b,d)
     styles: list | None = None,  # whose drawings are measured; all if None, the others stay empty
+    keep: Path | None = None,  # folder that keeps the statistics, see `data.folder.cached`
 ) -> Measured:
     "Measure every drawing of a split once."
     concepts, measures, n = grid.concepts(split), ATTRIBUTES | (measures or {}), len(grid.styles)
@@ -151,7 +155,9 @@ def measure_grid(
             continue
         images = grid_images(grid, [concepts[i] for i in rows], v)
         for name, f in measures.items():
-            found = np.asarray(f(images), float)
+            compute = lambda: torch.as_tensor(np.asarray(f(images), float))
+            kept = keep if name in ATTRIBUTES else None  # of other functions we do not know what decides
+            found = cached(kept, kept and content_name(name, images, f), compute).numpy()
             out.values.setdefault(name, np.full((len(concepts), n, found.shape[1]), np.nan))[rows, j] = found
     return out
 

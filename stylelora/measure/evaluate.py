@@ -8,7 +8,7 @@ __all__ = ['USUAL', 'embed_grid', 'remember', 'Judge', 'make_judge', 'memory_sco
            'make_scorers', 'load_scorers', 'Batch', 'finite_psnr', 'clip_content', 'clip_text', 'lite0_style_at_1',
            'usual_scores', 'rows_of', 'fit', 'score_pictures']
 
-# %% ../../nbs/08_measure/07_evaluate.ipynb #9d17d394
+# %% ../../nbs/08_measure/07_evaluate.ipynb #e568b810
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from ..core import assets, generator, pick_device, sha256_bytes, write_atomic
+from ..core import assets, generator, pick_device, write_atomic
+from ..data.folder import content_name
 from ..data.grid import Grid, grid_images, load_grid, make_caption
 from .embedders import ClipScorer, Evaluator, content_similarity, style_similarity
 from .retrieval import content_scores, copied, leaked, style_scores, unit
@@ -38,14 +39,7 @@ def embed_grid(
         grids[k][present] = np.asarray(v)
     return grids
 
-# %% ../../nbs/08_measure/07_evaluate.ipynb #31d50f7a
-def _mark(net):
-    "Name a network by its weights."
-    weights = getattr(net, "model", net).state_dict().values()
-    flat = [w.reshape(-1).cpu().contiguous().view(torch.uint8) for w in weights]
-    return sha256_bytes(b"".join(v.numpy().tobytes() for v in flat))
-
-
+# %% ../../nbs/08_measure/07_evaluate.ipynb #3ff32145
 def _check_names(styles, target, base):
     "Refuse unknown styles, and a target that the base model knows."
     if unknown := {target, *base} - set(styles):
@@ -53,7 +47,7 @@ def _check_names(styles, target, base):
     if target in base:
         raise ValueError(f"{target!r} is a base style; a held-out style is needed")
 
-# %% ../../nbs/08_measure/07_evaluate.ipynb #50c9bedc
+# %% ../../nbs/08_measure/07_evaluate.ipynb #7e3d6628
 def remember(
     embed: Callable,  # function from pictures to a dictionary of tensors
     net: torch.nn.Module,  # network behind it, whose weights name the answers
@@ -62,10 +56,9 @@ def remember(
     "Let a function keep what a network makes of drawings."
     if not folder:
         return embed
-    mark = f"{type(net).__name__} {_mark(net)}"
 
     def recall(images):
-        name = sha256_bytes(f"{mark} {images.shape} {sha256_bytes(images.tobytes())}")
+        name = content_name(net, images)
         file = Path(folder) / f"{name[:40]}.safetensors"
         try:
             return unseal(file)[0]
@@ -102,7 +95,7 @@ class Judge:
         "Index of the target among the styles."
         return self.styles.index(self.target)
 
-# %% ../../nbs/08_measure/07_evaluate.ipynb #35848fec
+# %% ../../nbs/08_measure/07_evaluate.ipynb #26aec4d2
 def make_judge(
     drawings: np.ndarray,  # true drawings, uint8 (concepts,styles,h,w,3)
     present: np.ndarray,  # which of them exist, bool (concepts,styles)
@@ -118,7 +111,7 @@ def make_judge(
 ) -> Judge:  # ready to score
     "Embed all true drawings, and measure the competition."
     _check_names(styles, target, base)
-    rival = competitor(drawings, present, styles.index(target), [styles.index(v) for v in base], net)
+    rival = competitor(drawings, present, styles.index(target), [styles.index(v) for v in base], net, keep)
     see = remember(evaluator.embed, evaluator, keep)
     names = [*concepts], [*styles], target, [*base]
     judge = Judge(*names, drawings, present, evaluator, net, embed_grid(drawings, present, see), rival)

@@ -6,8 +6,9 @@
 __all__ = ['FAR', 'PARTS', 'rgb_to_lab', 'edge_map', 'edge_distances', 'chamfer', 'palette', 'palette_distance', 'Look',
            'flat_features', 'embed', 'part_distances', 'Competitor', 'competitor', 'skill_scores']
 
-# %% ../../nbs/08_measure/05_skill.ipynb #e05151bb
+# %% ../../nbs/08_measure/05_skill.ipynb #0aa745c8
 from dataclasses import dataclass
+from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from scipy.ndimage import correlate1d, distance_transform_edt
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
+from ..data.folder import cached, content_name
 from .pixels import as_images
 
 # %% ../../nbs/08_measure/05_skill.ipynb #0e3ff63d
@@ -162,22 +164,31 @@ class Competitor:
         filled = np.where(np.isnan(self.distance), np.inf, self.distance)
         return np.where(np.isnan(self.floor), -1, filled.argmin(1))
 
-# %% ../../nbs/08_measure/05_skill.ipynb #9484d1b9
+# %% ../../nbs/08_measure/05_skill.ipynb #721c7488
+def _parts(drawings, present, target, base, net, truth):
+    "Measure the parts of the distance from each base style's drawing to the truth (concepts,base styles,3)."
+    parts = np.full((len(drawings), len(base), 3), np.nan)
+    for j, v in enumerate(base):
+        rows = np.flatnonzero(present[:, v] & present[:, target])
+        if len(rows):
+            parts[rows, j] = part_distances(embed(drawings[rows, v], net), truth[rows])
+    return parts
+
+# %% ../../nbs/08_measure/05_skill.ipynb #d711b38e
 def competitor(
     drawings: np.ndarray,  # true drawings, uint8 (concepts,styles,h,w,3); missing ones may hold anything
     present: np.ndarray,  # which of them exist, bool (concepts,styles)
     target: int,  # index of the wanted style
     base: list,  # indices of the base styles
     net: torch.nn.Module,  # network with `features`
+    keep: Path | None = None,  # folder that keeps the distances, see `data.folder.cached`
 ) -> Competitor:
     "Measure how near the base styles' drawings are to the truth."
     there = present[:, target, None, None, None]
     truth = embed(np.where(there, drawings[:, target], 255).astype(np.uint8), net)
-    parts = np.full((len(drawings), len(base), 3), np.nan)
-    for j, v in enumerate(base):
-        rows = np.flatnonzero(present[:, v] & present[:, target])
-        if len(rows):
-            parts[rows, j] = part_distances(embed(drawings[rows, v], net), truth[rows])
+    asked = drawings, present, target, base, net
+    name = keep and content_name(*asked, _parts)
+    parts = cached(keep, name, lambda: torch.from_numpy(_parts(*asked, truth))).numpy()
     if np.isnan(parts).all():
         raise ValueError("no concept is drawn by both the target and a base style")
     scale = np.nanmedian(parts, axis=(0, 1))

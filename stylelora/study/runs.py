@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'OUTCOME', 'BAR', 'working_folder', 'progress', 'note', 'environment', 'PeakMemory', 'is_complete',
-           'swap_folder', 'publish', 'claim', 'Stream', 'this_kernel', 'execute', 'code_hash', 'begin', 'finish',
-           'outcome_of', 'run_one', 'title_of', 'last_words', 'run_batch', 'report', 'main']
+           'swap_folder', 'publish', 'claim', 'Stream', 'execute', 'code_hash', 'begin', 'finish', 'outcome_of',
+           'run_one', 'title_of', 'last_words', 'run_batch', 'report', 'main']
 
-# %% ../../nbs/09_study/02_runs.ipynb #51344cf2
+# %% ../../nbs/09_study/02_runs.ipynb #506625fa
 import argparse, os, platform, psutil, re, shutil, subprocess, sys, tempfile, threading, time, traceback
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 from ..core import human_time, path_of, pick_device, read_json, root, sha256_bytes, sweep
 from ..core import write_atomic, write_json
+from ..kernels import this_kernel
 from ..processes import interruptible, locked
 from .params import Run, read_runs, replay
 
@@ -91,7 +92,7 @@ def environment() -> dict:  # plain values
         git_changes=bool(_git("status", "--porcelain", "--untracked-files=no")),
     )
 
-# %% ../../nbs/09_study/02_runs.ipynb #747a71aa
+# %% ../../nbs/09_study/02_runs.ipynb #40810c7a
 class PeakMemory:
     "Watch the memory of all child processes: `with PeakMemory() as peak: …`, then `peak.mb`."
 
@@ -109,12 +110,10 @@ class PeakMemory:
 
     def _watch(self):
         while not self._stop.wait(0.2):
-            total = 0
-            for child in psutil.Process().children(recursive=True):
-                try:
-                    total += child.memory_info().rss
-                except psutil.Error:
-                    pass
+            total, children = 0, psutil.Process().children(recursive=True)
+            for child in children:
+                with suppress(psutil.Error):
+                    total += 0 if child.children() else child.memory_info().rss
             self.mb = max(self.mb, total / 1e6)
 
 # %% ../../nbs/09_study/02_runs.ipynb #a0777f77
@@ -201,16 +200,6 @@ class Stream:
 
     def flush(self):
         "Do nothing: lines are passed on as they end."
-
-# %% ../../nbs/09_study/02_runs.ipynb #1d3491a2
-def this_kernel():
-    "Make a kernel manager class that always starts the running interpreter."
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.manager import AsyncKernelManager
-
-    argv = [sys.executable, "-m", "stylelora.processes", "-f", "{connection_file}", "--log-level=50"]
-    spec = KernelSpec(argv=argv, display_name="this python", language="python")
-    return type("ThisKernel", (AsyncKernelManager,), dict(kernel_spec=property(lambda self: spec)))
 
 # %% ../../nbs/09_study/02_runs.ipynb #23389e8d
 def execute(

@@ -16,7 +16,7 @@ def run(place, **given):
     "Execute the notebook; give what it printed."
     import papermill
 
-    from stylelora.study.runs import this_kernel
+    from stylelora.kernels import this_kernel
 
     source, target = root() / "nbs" / "demo" / "own_style.ipynb", place / "own_style.ipynb"
     papermill.execute_notebook(
