@@ -249,7 +249,7 @@ def _plain(o):
         return str(o)
     raise TypeError(f"{type(o).__name__} is no JSON: {o!r}; convert it to numbers or text first")
 
-# %% ../nbs/00_tools/01_core.ipynb #7278b5cd
+# %% ../nbs/00_tools/01_core.ipynb #93f553b0
 def write_json(
     path: Path | str,  # target file
     obj: object,  # dict or list of plain values, arrays, paths
@@ -268,7 +268,7 @@ def read_json(
     "Read a JSON file; an error names it."
     try:
         return json.loads(path_of(path).read_text(encoding="utf-8"))
-    except ValueError as e:  # of JSON, or of UTF-8
+    except (ValueError, RecursionError) as e:  # of JSON, or of UTF-8
         raise ValueError(f"{path} is damaged or no JSON ({e})") from None
 
 # %% ../nbs/00_tools/01_core.ipynb #c28bccd7
