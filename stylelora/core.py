@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNFINISHED', 'root', 'assets', 'pick_device', 'pick_dtype', 'pick_precision', 'check_finite', 'seed_of', 'generator',
            'randn_each', 'expand_as', 'path_of', 'sweep', 'taken', 'write_atomic', 'write_json', 'read_json',
-           'sha256_bytes', 'hash_files', 'register', 'nearest', 'pick', 'Missing', 'slug', 'human_bytes', 'human_time',
-           'peak_memory_mb']
+           'sha256_bytes', 'hash_files', 'register', 'nearest', 'compiled', 'pick', 'Missing', 'slug', 'human_bytes',
+           'human_time', 'peak_memory_mb']
 
 # %% ../nbs/00_tools/01_core.ipynb #cbf86dba
 import difflib, hashlib, json, os, re, secrets, stat, sys, unicodedata
@@ -249,7 +249,7 @@ def _plain(o):
         return str(o)
     raise TypeError(f"{type(o).__name__} is no JSON: {o!r}; convert it to numbers or text first")
 
-# %% ../nbs/00_tools/01_core.ipynb #7278b5cd
+# %% ../nbs/00_tools/01_core.ipynb #93f553b0
 def write_json(
     path: Path | str,  # target file
     obj: object,  # dict or list of plain values, arrays, paths
@@ -268,7 +268,7 @@ def read_json(
     "Read a JSON file; an error names it."
     try:
         return json.loads(path_of(path).read_text(encoding="utf-8"))
-    except ValueError as e:  # of JSON, or of UTF-8
+    except (ValueError, RecursionError) as e:  # of JSON, or of UTF-8
         raise ValueError(f"{path} is damaged or no JSON ({e})") from None
 
 # %% ../nbs/00_tools/01_core.ipynb #c28bccd7
@@ -317,7 +317,19 @@ def nearest(
     found = difflib.get_close_matches(str(name), list(map(str, known)), n=1, cutoff=0.5)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
-# %% ../nbs/00_tools/01_core.ipynb #50891c9d
+# %% ../nbs/00_tools/01_core.ipynb #f43eb6bc
+def compiled(
+    text: str,  # regular expression
+    what: str,  # what it is called
+) -> re.Pattern:  # ready to search with
+    "Read a regular expression; an empty one would match everything, and is refused."
+    try:
+        return re.compile(text or "(")
+    except re.error as e:
+        cure = "use the name of a set, or a regular expression"
+        raise ValueError(f"{what}={text!r} is no pattern ({e}); {cure}") from None
+
+
 def pick(
     table: dict,  # the table, name -> entry
     name: str,  # the entry that is wanted

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['update_of', 'melt', 'targets_in', 'extract_base']
 
-# %% ../../nbs/02_adapters/10_bases.ipynb #5be3dfb0
+# %% ../../nbs/02_adapters/10_bases.ipynb #5b76bcf0
 import math
 import re
 
@@ -17,6 +17,7 @@ from .files import check_fit
 from .keys import TEXT, networks_of, published, split_components
 from .lora import TARGETS, find_targets, kind_of, lora_layers
 from .merge import Fit, differences, extract, layer_weights
+from ..core import compiled
 
 # %% ../../nbs/02_adapters/10_bases.ipynb #e920a26b
 def update_of(
@@ -63,7 +64,7 @@ def melt(
         module.weight = nn.Parameter((W.float() + total).to(W.dtype), requires_grad=False)
     return len(shares)
 
-# %% ../../nbs/02_adapters/10_bases.ipynb #dfac616f
+# %% ../../nbs/02_adapters/10_bases.ipynb #292e1170
 _WIDE = ("attention_ff", "conv")  # sets that take in more than the attention
 
 
@@ -74,7 +75,7 @@ def targets_in(
 ) -> list[str]:  # names of the layers that are meant in this network, none if nothing matches
     "List the layers of a network that belong to a set of layers, given in words of the U-Net."
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    patterns = [TARGETS.get(w, w) for w in wanted]
+    patterns = [compiled(TARGETS.get(w, w), "target_modules").pattern for w in wanted]
     if component in TEXT and set(wanted) & set(TARGETS):
         patterns.append(TARGETS["text_encoder"])
     if component in TEXT and set(wanted) & set(_WIDE):

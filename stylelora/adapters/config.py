@@ -30,12 +30,50 @@ _REASONS = dict(
 )
 _CURE = "merge it into its base with PEFT (merge_and_unload); stylelora extract then makes a LoRA of it"
 
-# %% ../../nbs/02_adapters/04_config.ipynb #184bfef2
+# %% ../../nbs/02_adapters/04_config.ipynb #e7ed483e
+def _is_number(value, whole=False):
+    "Tell whether a value is a finite number; JSON knows NaN and numbers beyond all bounds."
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= 1e300
+
+
+def _is_pattern(text):
+    "Tell whether a text is a regular expression."
+    try:
+        re.compile(text)
+    except (re.error, TypeError):
+        return False
+    return True
+
+
+_NUMBERS = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"), ("alpha", "alpha_pattern"))
+
+# %% ../../nbs/02_adapters/04_config.ipynb #25152867
+def _odd_field(config):
+    "Find a field that is read and cannot be, (name, what it should be), or nothing."
+    for name in ("use_rslora", "use_dora"):
+        if config.get(name) not in (True, False, None):
+            return name, "true or false"
+    for name, patterns in _NUMBERS:
+        value, each, whole = config.get(name), config.get(patterns) or {}, name == "r"
+        if value is not None and not (_is_number(value, whole) and (not whole or value > 0)):
+            return name, "a whole number above 0" if whole else "a finite number"
+        if not isinstance(each, dict) or not all(map(_is_pattern, each)):
+            return patterns, "a number for each pattern of layer names"
+        if not all(v is None or _is_number(v, whole) for v in each.values()):
+            return patterns, "a number for each pattern of layer names"
+    return None
+
+# %% ../../nbs/02_adapters/04_config.ipynb #e11cb814
 def check_config(
     config: dict,  # fields of a PEFT configuration, {} if the file has none
     file: str = "",  # name for messages
 ) -> None:
-    "Refuse a configuration with a field that changes the meaning and is not read here."
+    "Refuse a configuration with a field that cannot be read, or that we do not read."
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: its configuration is no table of names and values; fetch it again")
+    if odd := _odd_field(config):
+        raise ValueError(f"{file}: {odd[0]}={config[odd[0]]!r} should be {odd[1]}; fetch it again")
     known = {kind.title.upper() for kind in ADAPTER_KINDS.values()}
     if (title := str(config.get("peft_type") or "LORA")).upper().removeprefix("PEFTTYPE.") not in known:
         raise ValueError(f"{file}: peft_type={title!r} is none of {', '.join(sorted(known))}; {_CURE}")
@@ -65,18 +103,19 @@ def _patterned(config, field, patterns, name):
             return value
     return config.get(field)
 
-# %% ../../nbs/02_adapters/04_config.ipynb #02a90f27
+# %% ../../nbs/02_adapters/04_config.ipynb #9a2f98fc
 def alpha_of(
     config: dict,  # LoraConfig fields, {} if the file has none
     name: str,  # layer name inside its network
     rank: int | None,  # rank of the layer; None: its tensors have none
+    file: str = "",  # name for messages
 ) -> float:  # alpha such that the scale is alpha / rank, or alpha itself where there is no rank
     "Find the alpha of one layer; a file that says nothing means a scale of one."
     name = name.removeprefix("text_model.")
     said = _patterned(config, "r", "rank_pattern", name)
     if rank and said not in (None, rank):
-        odd = f"{name} has rank {rank}, its configuration says {said}"
-        raise ValueError(f"{odd}; they belong to different files")
+        odd = f"{file}: {name} has rank {rank}, its configuration says {said}"
+        raise ValueError(f"{odd}; they belong to different files, fetch both again")
     alpha = _patterned(config, "lora_alpha" if "lora_alpha" in config else "alpha", "alpha_pattern", name)
     if alpha is None:
         return float(rank or 1)

@@ -178,7 +178,7 @@ def files_of(
     "List the files that an adapter consists of."
     return sorted(path_of(path).glob("*/adapter_model.safetensors")) or [find_file(path)]
 
-# %% ../../nbs/02_adapters/07_files.ipynb #a3feacb6
+# %% ../../nbs/02_adapters/07_files.ipynb #48af4d28
 @dataclass
 class AdapterFile:
     "Hold what an adapter file says."
@@ -190,19 +190,40 @@ class AdapterFile:
     unread: tuple = ()  # keys that were skipped
     dtype: str = "float32"  # number format of its matrices
 
+# %% ../../nbs/02_adapters/07_files.ipynb #20812f55
+def _said(file, texts, name):
+    "Read a table in the header of a file, {} if there is none."
+    try:
+        found = json.loads(texts.get(name, "{}"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}: {name} in its header is damaged ({e}); fetch it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: {name} in its header is no table of names and values; fetch it again")
+    return found
 
+
+def _manifest(file, texts):
+    "Read our manifest in the header of a file, {} if there is none."
+    told = _said(file, texts, "stylelora_manifest")
+    call = told.get("call") or {}
+    words = [call.get(w, "") for w in ("trigger", "template", "example")] if isinstance(call, dict) else [0]
+    if not all(isinstance(w, str) for w in words) or not isinstance(call.get("tags", {}), dict):
+        raise ValueError(f"{file}: its manifest says call={str(call)[:60]}, which is none; fetch it again")
+    return told
+
+# %% ../../nbs/02_adapters/07_files.ipynb #aa4fdfff
 def _configs(file, texts):
     "Find LoraConfig fields per component, in the header or in PEFT's file beside it."
     beside = Path(file).parent / "adapter_config.json"
     if Path(file).name == "adapter_model.safetensors" and beside.is_file():
         return dict.fromkeys(NETWORKS, read_json(beside))
     configs = {c: {} for c in NETWORKS}
-    for k, v in json.loads(texts.get("lora_adapter_metadata", "{}")).items():
+    for k, v in _said(file, texts, "lora_adapter_metadata").items():
         component, _, name = k.partition(".")
         configs.setdefault(component, {})[name] = v
     return configs
 
-# %% ../../nbs/02_adapters/07_files.ipynb #f594a4c1
+# %% ../../nbs/02_adapters/07_files.ipynb #8a1ceb73
 def _dtype(tensors):
     "Name the number format of most matrices, float32 for those that we do not write."
     matrices = Counter(v.dtype for v in tensors.values() if v.ndim)
@@ -218,7 +239,7 @@ def _read_file(file, layers, strict, names):
     state = to_state(found, _configs(file, texts), file)
     if len(state) != len(found):
         raise RuntimeError(f"{file}: a layer was lost")
-    manifest = json.loads(texts.get("stylelora_manifest", "{}"))
+    manifest = _manifest(file, texts)
     dtype = _dtype({k: v for k, v in tensors.items() if k not in unread})
     return AdapterFile(state, "+".join(sorted(formats)), texts, manifest, tuple(unread), dtype)
 

@@ -7,7 +7,7 @@ __all__ = ['NETWORKS', 'TEXT', 'PREFIXES', 'ARCHITECTURE', 'EMBEDDING', 'network
            'join_components', 'dotted', 'from_sgm', 'to_sgm', 'split_prefix', 'split_word', 'layers_of', 'layer_names',
            'layer_of', 'parse_key', 'why_not', 'refuse_foreign', 'refuse_unread', 'sort_tensors', 'to_state']
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #ab938d32
+# %% ../../nbs/02_adapters/05_keys.ipynb #5e71dd8e
 import re
 from collections import Counter
 
@@ -17,6 +17,7 @@ from torch import nn
 from . import products  # noqa: F401, the import registers its kinds
 from .config import alpha_of, check_config, kind_by_config
 from .lora import ADAPTER_KINDS
+from ..core import check_finite
 
 # %% ../../nbs/02_adapters/05_keys.ipynb #98d78a64
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # all that an adapter can change
@@ -377,14 +378,28 @@ def _check_layers(found, file):
                 f"{file}: {n} is a {_kind_for(s).title} with a tensor {odd[0]!r} of another kind"
             )
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #050acb57
+# %% ../../nbs/02_adapters/05_keys.ipynb #75d1026b
+def _check_tensors(name, s, file):
+    "Refuse tensors that are no matrices or kernels of real numbers, or no single number as alpha."
+    for w, v in s.items():
+        sizes = dict(alpha=(0, 1), v=(1, 4)).get(w, (2, 4))
+        real = v.is_floating_point() or (w == "alpha" and not v.is_complex())
+        if not real or v.ndim not in sizes or not v.numel() or (w == "alpha" and v.numel() > 1):
+            kind = "one number" if w == "alpha" else "a matrix or kernel of floating-point numbers"
+            found = f"{w} is {str(v.dtype).removeprefix('torch.')} of shape {tuple(v.shape)}, not {kind}"
+            raise ValueError(f"{file}: {name}: {found}; fetch it again, or one that is not compressed")
+    wide = {f"{name}.{w} in 32 bits": v.float() for w, v in s.items() if v.dtype == torch.float64}
+    check_finite(wide, file, "its numbers are out of all proportion, fetch it again")
+
+# %% ../../nbs/02_adapters/05_keys.ipynb #16fa8063
 def _layer_state(name, s, config, file):
     "Make the state of one layer of its sorted tensors and what the configuration says."
     kind, start = _kind_for(s), kind_by_config(config)
+    _check_tensors(name, s, file)
     if "alpha" in s:
         alpha = s["alpha"].item() if kind.rank_of(s) else 1.0  # where there is no rank, it is said in vain
     else:
-        alpha = alpha_of(config, name, kind.rank_of(s))
+        alpha = alpha_of(config, name, kind.rank_of(s), file)
     if not (layer := kind.assemble(s, alpha)):
         shapes = ", ".join(f"{w} {tuple(v.shape)}" for w, v in s.items() if w != "alpha")
         raise ValueError(

@@ -7,7 +7,7 @@ __all__ = ['ADAPTER_KINDS', 'TARGETS', 'AdapterLayer', 'LoRALayer', 'LoRALinear'
            'kind_of', 'LoRA', 'find_targets', 'lora_layers', 'inject', 'remove', 'merge', 'unmerge', 'set_scale',
            'lora_off', 'lora_state', 'delta_of', 'check_state', 'load_state', 'count_parameters', 'summary', 'spectrum']
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #99df05b7
+# %% ../../nbs/02_adapters/01_lora.ipynb #8ce0b4aa
 import math
 import re
 from collections import Counter
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core import compiled
 from ..core import generator as seeded
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #63371805
@@ -233,10 +234,10 @@ TARGETS = dict(  # name -> regular expression over the names of layers
     text_encoder=r"self_attn\.(q|k|v|out)_proj$",
 )
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #9a616a51
+# %% ../../nbs/02_adapters/01_lora.ipynb #65055455
 def _matches(names, target):
-    pattern = TARGETS.get(target, target)
-    return {n for n in names if re.search(pattern, n)}
+    pattern = compiled(TARGETS.get(target, target), "target_modules")
+    return {n for n in names if pattern.search(n)}
 
 
 def _no_match(target, names):

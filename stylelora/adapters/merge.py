@@ -6,7 +6,7 @@
 __all__ = ['layer_weights', 'check_states', 'blend', 'Fit', 'compress', 'resize', 'average_factors', 'differences', 'extract',
            'block_of', 'inspect_state', 'block_shares', 'merge_files', 'resize_file', 'convert_file']
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #0f1cfd16
+# %% ../../nbs/02_adapters/08_merge.ipynb #c1128c6b
 import math, re
 from dataclasses import dataclass
 from numbers import Real
@@ -20,6 +20,7 @@ from .files import AdapterFile, files_of, read_adapter, read_for, same_axes
 from .files import save_adapter, source_of, target_of
 from .lora import find_targets, kind_of, lora_layers
 from .products import as_lora, core_of, norm_of
+from ..core import check_finite
 from ..core import generator as seeded
 
 # %% ../../nbs/02_adapters/08_merge.ipynb #26baee80
@@ -122,13 +123,15 @@ def _join(shares):
     B = torch.cat([s["B"].float() * (w * _scale(s) / (_scale(lead) or 1.0)) for s, w in live], 1)
     return dict(A=A, B=B, alpha=lead["alpha"] * len(A) / len(lead["A"]))
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #90e350da
+# %% ../../nbs/02_adapters/08_merge.ipynb #9bb1c335
 def blend(
     states: list[dict],  # states, each layer name -> {'A','B','alpha'}
     weights: list,  # one for each: a number, or numbers per block, see `layer_weights`
 ) -> dict[str, dict]:  # state whose update is exactly the weighted sum; ranks add up
     "Mix adapters exactly."
-    return {n: _join(shares) for n, shares in _shares(states, weights).items()}
+    mixed = {n: _join(shares) for n, shares in _shares(states, weights).items()}
+    check_finite({f"{n}.B": s["B"] for n, s in mixed.items()}, "the sum", f"weights {weights} are too large")
+    return mixed
 
 # %% ../../nbs/02_adapters/08_merge.ipynb #0cdcb348
 @dataclass

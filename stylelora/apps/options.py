@@ -39,7 +39,7 @@ def options_of(
         found.append(Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=hint))
     return found
 
-# %% ../../nbs/11_apps/02_options.ipynb #037db7e5
+# %% ../../nbs/11_apps/02_options.ipynb #be14c314
 def missing_package(
     error: ImportError,  # of a command
 ) -> str:  # what is missing and how to get it
@@ -47,7 +47,7 @@ def missing_package(
     if (error.name or "").startswith("stylelora"):
         raise error
     text = str(error)
-    if "stylelora[" in text:
+    if "pip install" in text:  # it says so itself
         return text
     return f"{text}; the study and its site need it: pip install 'stylelora[study]'"
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLER_NAMES', 'HUB_NAME', 'Model', 'Adapter', 'split_weight', 'find_adapter', 'fetch_adapter', 'Denoising', 'Start',
-           'Pictures', 'settings_of', 'single', 'check_notation', 'warn_of_words', 'run_sample', 'load_model', 'wear']
+           'Pictures', 'settings_of', 'single', 'check_notation', 'warn_of_words', 'run_sample', 'load_model', 'wear',
+           'check_page']
 
 # %% ../../nbs/11_apps/03_sample.ipynb #84c13ce9
 "`stylelora sample`: prompts, adapters with weights, a grid or single pictures that know how they were made."
@@ -105,7 +106,7 @@ class Denoising:
     negative_prompt_2: Annotated[str, Option(help="What it is guided away from instead.")] = None
     mixed_precision: Annotated[str, Option(help="float32, bfloat16, float16, or auto.")] = "float32"
 
-# %% ../../nbs/11_apps/03_sample.ipynb #3cae9512
+# %% ../../nbs/11_apps/03_sample.ipynb #f0b25b4d
 @dataclass
 class Start:
     "From a picture."
@@ -118,7 +119,7 @@ class Start:
 class Pictures:
     "Pictures."
 
-    seed: Annotated[int, Option(min=0, help="First seed.")] = 0
+    seed: Annotated[int, Option(min=0, max=2**63 - 1, help="First seed.")] = 0
     n: Annotated[int, Option(min=1, help="Pictures per prompt, one seed each.")] = 4
     size: Annotated[str, Option(help="Pixels of a side, or width and height such as 768x512.")] = None
     batch_size: Annotated[int, Option(min=1, help="Pictures drawn at a time.")] = 16
@@ -234,7 +235,21 @@ def wear(
         states = [read_for(base, path, strict).state for path, _ in worn]
         load_components(base, blend(states, [weight for _, weight in worn]), strength)
 
-# %% ../../nbs/11_apps/03_sample.ipynb #3cd267e9
+# %% ../../nbs/11_apps/03_sample.ipynb #8d41b7be
+def check_page(
+    size: tuple,  # height and width of a picture, in pixels
+    rows: int,  # prompts
+    pictures: Pictures,  # how many, how large, and where they go
+):
+    "Refuse pictures, and a picture of them all, that are too large to be opened again."
+    from stylelora.pictures import MAX_PIXELS
+
+    cells = 1 if single(pictures.out) else rows * pictures.n * pictures.zoom**2
+    if (n := size[0] * size[1] * cells) > MAX_PIXELS:
+        cure = "lower --size, --zoom or --n, or let --out be a folder"
+        raise ValueError(f"{n / 1e6:,.0f} megapixels, at most {MAX_PIXELS / 1e6:.0f} are drawn; {cure}")
+
+# %% ../../nbs/11_apps/03_sample.ipynb #fa388f59
 def _draw(
     base, prompts, pictures, settings, image, worn
 ):  # Base, texts, Pictures, Settings, PIL image, adapters
@@ -243,6 +258,7 @@ def _draw(
     from stylelora.sample.generate import generate, picture_size, write_grid
 
     size = picture_size(base, settings.size)
+    check_page(size, len(prompts), pictures)
     start = square(image, size).copy() if image else None  # of its own memory, as torch wants it
     seeds = range(pictures.seed, pictures.seed + pictures.n)
     made = generate(base, prompts, seeds, batch=pictures.batch_size, images=start, **vars(settings))

@@ -22,30 +22,30 @@ from typer import Argument, Option
 from .sample import Model, load_model
 from .options import names_in, number
 
-# %% ../../nbs/11_apps/04_train.ipynb #c8c5c93e
+# %% ../../nbs/11_apps/04_train.ipynb #3f2b5d8a
 def from_file(
     ctx: typer.Context,  # of the command; its defaults are changed
     file: Path,  # YAML, or None
 ) -> Path:  # the same
     "Take defaults of a command from a file."
-    if file is None:
-        return None
     import yaml
 
+    if file is None:
+        return None
     try:
         given = yaml.safe_load(file.expanduser().read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as e:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
         raise typer.BadParameter(f"{file}: {str(e).splitlines()[0]}") from None
     if not isinstance(given, dict):
         raise typer.BadParameter(f"{file} holds no options; write lines such as lr: 0.0005")
-    given, known = (
-        {str(k).replace("-", "_"): v for k, v in given.items()},
-        {p.name for p in ctx.command.params},
-    )
-    for name in set(given) - known:
+    given = {str(k).replace("-", "_"): v for k, v in given.items()}
+    known = {p.name: p for p in ctx.command.params if p.name != "config"}
+    for name in set(given) - set(known):
         close = difflib.get_close_matches(name, known, 1)
         cure = f"; did you mean {close[0]}?" if close else ""
         raise typer.BadParameter(f"{file}: there is no option {name}{cure}")
+    several = [n for n, v in given.items() if isinstance(v, str) and getattr(known[n], "multiple", False)]
+    given |= {name: [given[name]] for name in several}  # of what may be repeated, one alone
     ctx.default_map = (ctx.default_map or {}) | given
     return file
 

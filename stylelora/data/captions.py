@@ -143,7 +143,7 @@ def _csv_rows(path):
             raise ValueError(f"{path} line {line}: {odd}; {cure}")
         yield line, dict(zip(head, cells))
 
-# %% ../../nbs/04_data/00_captions.ipynb #47f8536e
+# %% ../../nbs/04_data/00_captions.ipynb #14eab52d
 def _json_rows(path):
     "Read a file with a JSON object on each line: (line, column -> value)."
     for line, words in enumerate(_content(path).split("\n"), 1):
@@ -151,7 +151,7 @@ def _json_rows(path):
             continue
         try:
             row = json.loads(words)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             cure = 'write {"file_name": "cat.png", "text": "a cat"}'
@@ -224,12 +224,12 @@ def read_table(
         lines.setdefault(file, line)
     return captions
 
-# %% ../../nbs/04_data/00_captions.ipynb #775a6a3b
+# %% ../../nbs/04_data/00_captions.ipynb #66a41ebd
 def name_key(
     path: Path,  # of a file
 ) -> str:  # equal for names that look alike
     "Write a path in one normal form."
-    return unicodedata.normalize("NFC", os.path.normpath(path))
+    return unicodedata.normalize("NFC", os.path.abspath(path))
 
 # %% ../../nbs/04_data/00_captions.ipynb #03ee40c7
 def _tabled(tables, images):  # paths of tables; of pictures

@@ -75,7 +75,7 @@ def read_image(
         rows.append(("warning", f"same picture as {first.name}", "delete one of them"))
     return square(image, size), rows
 
-# %% ../../nbs/04_data/01_folder.ipynb #ca5f380d
+# %% ../../nbs/04_data/01_folder.ipynb #19cadfc7
 UNREAD = re.compile(
     r".*\.(heic|heif|avif|jxl|jp2|psd|xcf|svgz?|eps|ai|pdf|tga|ico|p[bgnp]m|exr|dng|cr[23]|nef|arw)"
 )
@@ -95,7 +95,7 @@ def check_others(
             rows.append((f, "warning", "kind of picture that is not read", "save it as .png"))
         elif UNREAD_TABLE.fullmatch(name) and name not in TABLES:
             rows.append((f, "warning", "table that is not read", f"save it as {' or '.join(TABLES)}"))
-        elif not (is_picture(f) or f.suffix in (".txt", ".caption") or name in TABLES):
+        elif not (is_picture(f) or f.suffix.lower() in (".txt", ".caption") or name in TABLES):
             others.append(f)
     named = f"{len(others)} other files, not read, such as {others[0].name}" if others else ""
     return rows + [(Path(folder), "note", named, "")] * bool(others)

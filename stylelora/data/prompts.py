@@ -125,7 +125,7 @@ def describe_call(
     example = captions[0] if captions else ""
     return dict(trigger=trigger, template=template, example=example, captions=len(captions), tags=dict(tags))
 
-# %% ../../nbs/04_data/06_prompts.ipynb #e21561ef
+# %% ../../nbs/04_data/06_prompts.ipynb #96dd1b54
 def _short(text):
     return repr(text if len(text) <= 60 else f"{text[:59]}…")
 
@@ -146,7 +146,6 @@ def check_prompts(
         if what := misfit(text, words):
             said.append(f"{_short(text)} is {what}; this base has read nothing else")
         elif trigger and trigger not in " ".join(text.lower().split()):
-            said.append(
-                f"{_short(text)} lacks {trigger!r}, which calls the adapter, as in {call['example']!r}"
-            )
+            example = call.get("example") or trigger
+            said.append(f"{_short(text)} lacks {trigger!r}, which calls the adapter, as in {example!r}")
     return said

@@ -6,7 +6,7 @@
 __all__ = ['COPY', 'Judges', 'own_judges', 'judges_for', 'style_of', 'nearest', 'score_pictures', 'variety', 'summarise',
            'draw_at', 'report_card', 'style_share', 'overall']
 
-# %% ../../nbs/08_measure/12_card.ipynb #fc74563d
+# %% ../../nbs/08_measure/12_card.ipynb #39b38369
 "Style, content, words, copies and variety of an adapter, against the bare base and the pictures themselves."
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..adapters.keys import networks_of
 from ..adapters.lora import lora_layers, set_scale
 from .embedders import ClipScorer, Evaluator
 from .pixels import as_images, resized, ssim
@@ -128,7 +129,7 @@ def summarise(
         row |= {column: by.mean(), f"{column}_low": low, f"{column}_high": high}
     return row
 
-# %% ../../nbs/08_measure/12_card.ipynb #7dc1eb40
+# %% ../../nbs/08_measure/12_card.ipynb #83a6123b
 def draw_at(
     base: Base,  # with or without an adapter
     strength: float,  # of the adapter; 0 is the bare base
@@ -137,8 +138,9 @@ def draw_at(
     **settings: object,  # see `Settings`
 ) -> np.ndarray:  # prompt by prompt, seed by seed (n,h,w,3) bytes
     "Draw prompts with the adapter at a strength."
-    if lora_layers(base.unet):
-        set_scale(base.unet, strength)
+    for network in networks_of(base).values():  # an adapter may be in the text encoders, too
+        if lora_layers(network):
+            set_scale(network, strength)
     return generate(base, prompts, seeds, progress=False, **settings).images
 
 # %% ../../nbs/08_measure/12_card.ipynb #11ec3468

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICKS', 'BEST', 'Wanted', 'visits_every', 'Watcher', 'compare', 'note_row', 'keep_adapter', 'keep_newest',
-           'draw_progress', 'visit', 'take_up', 'choose', 'hooks_of']
+           'draw_progress', 'visit', 'make_room', 'take_up', 'choose', 'hooks_of']
 
 # %% ../../nbs/06_sample/03_watch.ipynb #cf3718b6
 "Progress pictures with fixed seeds, a held-out loss, adapters along the way, and the best of them chosen."
@@ -79,14 +79,14 @@ class Watcher:
             raise ValueError("pick='score' needs a judge: a function of the base that returns a number")
         self.folder = Path(self.folder)
 
-# %% ../../nbs/06_sample/03_watch.ipynb #7b10ec3f
+# %% ../../nbs/06_sample/03_watch.ipynb #64a3cb06
 def compare(
     w: Watcher,  # changed in place
     step: int,  # where it was measured
     value: float,  # lower is better
 ):
     "Remember the best value, and count how long ago it was."
-    better = value < w.best
+    better = value < w.best or step == w.best_step  # measured again after an interruption
     w.waited = 0 if better else w.waited + 1
     if better:
         w.best, w.best_step = value, step
@@ -108,7 +108,7 @@ def note_row(
         write_atomic(w.folder / "history.csv", pd.DataFrame(w.rows).to_csv(index=False).encode())
     return bool(w.wanted.patience) and w.waited >= w.wanted.patience
 
-# %% ../../nbs/06_sample/03_watch.ipynb #a9d9755b
+# %% ../../nbs/06_sample/03_watch.ipynb #f059e0cc
 def keep_adapter(
     w: Watcher,  # says where
     base: Base,  # whose U-Net carries the adapter
@@ -122,9 +122,10 @@ def keep_adapter(
 
 def keep_newest(
     w: Watcher,  # says how many
+    step: int,  # of the training; adapters of later steps are an earlier training's, and stay
 ):
     "Remove the oldest of the adapters that were kept."
-    files = sorted(w.folder.glob("step-*.safetensors"))
+    files = [f for f in sorted(w.folder.glob("step-*.safetensors")) if f.stem <= f"step-{step:06d}"]
     for file in files[: -w.wanted.keep] if w.wanted.keep else ():
         file.unlink()
 
@@ -139,7 +140,7 @@ def draw_progress(
     file = w.folder / "samples" / f"step-{step:06d}.png"
     return write_grid(made.images, len(made), file)
 
-# %% ../../nbs/06_sample/03_watch.ipynb #ee966d91
+# %% ../../nbs/06_sample/03_watch.ipynb #9b8f5ce5
 def visit(
     w: Watcher,  # changed in place
     step: int,  # of the training; 0 is the bare base
@@ -157,24 +158,43 @@ def visit(
         compare(w, step, -score)
         w.say(f"step {step}: score {score:.3f}" + (", the highest so far" if w.best_step == step else ""))
     if step and w.best_step == step and w.wanted.pick != "last":
-        keep_adapter(w, base, BEST, step=step, value=w.best)
+        keep_adapter(w, base, BEST, step=step, value=w.best, by=w.wanted.pick)
     if step and due(w.wanted.keep_every):
         keep_adapter(w, base, f"step-{step:06d}.safetensors", step=step)
-        keep_newest(w)
+        keep_newest(w, step)
 
-# %% ../../nbs/06_sample/03_watch.ipynb #aba64eef
+# %% ../../nbs/06_sample/03_watch.ipynb #551e17be
+def make_room(
+    w: Watcher,  # says where
+):
+    "Clear the folder of what would be taken for this training's, before its first step."
+    (w.folder / BEST).unlink(missing_ok=True)
+    for file in w.folder.glob("samples/step-*.png"):
+        file.unlink()
+    if kept := sorted(f.name for f in w.folder.glob("step-*.safetensors")):
+        w.say(f"{w.folder} holds {len(kept)} adapters of an earlier training, the last {kept[-1]}; they stay")
+
+# %% ../../nbs/06_sample/03_watch.ipynb #def37bd9
 def take_up(
     w: Watcher,  # changed in place
     rows: list,  # of the checkpoint, [] if there is none
 ):
     "Take over what was measured before an interruption."
     w.rows = [dict(row) for row in rows]
-    file = w.folder / BEST
     if not rows:
+        return make_room(w)
+    pick, file, last = w.wanted.pick, w.folder / BEST, int(rows[-1]["step"])
+    known = read_adapter(file).manifest if pick != "last" and file.is_file() else {}
+    if known.get("by") != pick:
         file.unlink(missing_ok=True)
-    elif file.is_file():
-        said = read_adapter(file).manifest
-        w.best, w.best_step = said["value"], said["step"]
+        if pick != "last":
+            w.say(f"going on from step {last}; the best by {PICKS[pick]} is sought from here on")
+    elif pick == "best":
+        for row in (r for r in w.rows if r["step"] and "val_loss" in r):
+            compare(w, int(row["step"]), row["val_loss"])
+    else:
+        w.best, w.best_step = known["value"], known["step"]
+        w.waited = max(0, last // w.wanted.sample_every - w.best_step // w.wanted.sample_every)
 
 # %% ../../nbs/06_sample/03_watch.ipynb #e16b01be
 def choose(

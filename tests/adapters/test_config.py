@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from stylelora.adapters.config import check_config
@@ -98,6 +99,29 @@ IDLE = {
 }
 
 
+FINE = dict(r=4, lora_alpha=2, rank_pattern={"to_k": 2}, alpha_pattern={"to_k": 2})  # numbers and patterns
+
+
+@pytest.mark.parametrize(
+    "said, named",
+    [
+        ('{"unet.lora_alpha": NaN}', "lora_alpha=nan should be a finite number"),
+        ('{"unet.lora_alpha": 1e999}', "lora_alpha=inf should be a finite number"),
+        ('{"unet.rank_pattern": {"to_(k": 4}}', "rank_pattern="),
+        ("[1]", "lora_adapter_metadata in its header is no table"),
+        ("{", "lora_adapter_metadata in its header is damaged"),
+    ],
+)
+def test_a_scale_that_is_no_number_goes_no_further(tmp_path, capsys, said, named):
+    "`convert` writes nothing, and says file and field, in one line."
+    pair = {f"unet.{K}.lora_A.weight": torch.ones(4, 6), f"unet.{K}.lora_B.weight": torch.ones(5, 4)}
+    save_file(pair, tmp_path / "odd.safetensors", dict(lora_adapter_metadata=said))
+    assert main(["convert", tmp_path / "odd.safetensors", tmp_path / "new.safetensors"]) == 1
+    told = capsys.readouterr().err
+    assert "odd.safetensors: " + named in told and told.count("\n") == 1, told
+    assert not (tmp_path / "new.safetensors").exists()
+
+
 def test_every_field_of_the_installed_peft_is_known(peft):
     "A default configuration passes; each field that is neither read nor idle is refused as soon as it says something."
     for config in (peft.LoraConfig(), peft.LoraConfig(target_modules=["a"], r=2, lora_alpha=1)):
@@ -105,6 +129,7 @@ def test_every_field_of_the_installed_peft_is_known(peft):
     for field in dataclasses.fields(peft.LoraConfig):
         value = ODD.get(field.name, True)
         if field.name in IDLE or (field.name in READ and field.name not in ODD):
+            value = FINE.get(field.name, value)
             check_config({field.name: value} if field.name != "peft_type" else {}, "x")
             continue
         with pytest.raises(ValueError, match=f"x: {field.name}="):
@@ -116,7 +141,6 @@ def test_a_start_that_changes_the_base_is_refused_with_the_cure(tmp_path, capsys
     (tmp_path / "adapter_config.json").write_text(
         json.dumps(dict(peft_type="LORA", r=2, init_lora_weights=start))
     )
-    from safetensors.torch import save_file
 
     tensors = {f"base_model.model.{Q}.lora_A.weight": torch.ones(2, 12)}
     save_file(
