@@ -182,14 +182,14 @@ def lighter(
                 return min(png, small, key=len)
     return small
 
-# %% ../../nbs/09_study/07_study.ipynb #ed4f8984
+# %% ../../nbs/09_study/07_study.ipynb #9352ea6e
 def figure_of(
     code: str,  # text of a cell
     folder: str | Path,  # where its figures were saved
 ) -> str | None:  # name of the one figure that the cell has saved
     "Find the figure that a cell has saved."
     found = []
-    for name, kind in re.findall(r'figures/f?["\']([^"\']+\.)(\w+)["\']', code):
+    for name, kind in re.findall(r'figures ?/ ?f?["\']([^"\']+\.)(\w+)["\']', code):
         pattern = re.sub(r"\{[^}]*\}", "*", name) + ("webp" if kind == "png" else kind)
         found += [f.name for f in Path(folder).glob(pattern)]
     first = min(found, key=len, default="")  # `e0-rank.svg` of this and `e0-rank-more.svg`
