@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'OUTCOME', 'BAR', 'working_folder', 'progress', 'note', '
            'swap_folder', 'publish', 'claim', 'Stream', 'execute', 'code_hash', 'begin', 'finish', 'outcome_of',
            'run_one', 'title_of', 'last_words', 'run_batch', 'report', 'main']
 
-# %% ../../nbs/09_study/02_runs.ipynb #506625fa
+# %% ../../nbs/09_study/02_runs.ipynb #41fd3df8
 import argparse, os, platform, psutil, re, shutil, subprocess, sys, tempfile, threading, time, traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +17,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 from ..core import human_time, path_of, pick_device, read_json, root, sha256_bytes, sweep
 from ..core import write_atomic, write_json
-from ..kernels import this_kernel
+from ..kernels import server_number, this_kernel
 from ..processes import interruptible, locked
 from .params import Run, read_runs, replay
 
@@ -92,7 +92,7 @@ def environment() -> dict:  # plain values
         git_changes=bool(_git("status", "--porcelain", "--untracked-files=no")),
     )
 
-# %% ../../nbs/09_study/02_runs.ipynb #40810c7a
+# %% ../../nbs/09_study/02_runs.ipynb #e73c13a2
 class PeakMemory:
     "Watch the memory of all child processes: `with PeakMemory() as peak: …`, then `peak.mb`."
 
@@ -113,7 +113,7 @@ class PeakMemory:
             total, children = 0, psutil.Process().children(recursive=True)
             for child in children:
                 with suppress(psutil.Error):
-                    total += 0 if child.children() else child.memory_info().rss
+                    total += 0 if child.pid == server_number() else child.memory_info().rss
             self.mb = max(self.mb, total / 1e6)
 
 # %% ../../nbs/09_study/02_runs.ipynb #a0777f77
