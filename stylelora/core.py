@@ -317,16 +317,18 @@ def nearest(
     found = difflib.get_close_matches(str(name), list(map(str, known)), n=1, cutoff=0.5)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
-# %% ../nbs/00_tools/01_core.ipynb #f43eb6bc
+# %% ../nbs/00_tools/01_core.ipynb #afb500ff
 def compiled(
     text: str,  # regular expression
     what: str,  # what it is called
 ) -> re.Pattern:  # ready to search with
     "Read a regular expression; an empty one would match everything, and is refused."
+    cure = "use the name of a set, or a regular expression"
+    if not text:
+        raise ValueError(f"{what}={text!r} is no pattern (it would match everything); {cure}")
     try:
-        return re.compile(text or "(")
+        return re.compile(text)
     except re.error as e:
-        cure = "use the name of a set, or a regular expression"
         raise ValueError(f"{what}={text!r} is no pattern ({e}); {cure}") from None
 
 

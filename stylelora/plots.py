@@ -307,7 +307,7 @@ def shorter_svg(
 
     return re.sub(rb">\s+<", b"><", re.sub(rb"<[^>]*>", tag, svg))
 
-# %% ../nbs/00_tools/02_plots.ipynb #0f5cd64e
+# %% ../nbs/00_tools/02_plots.ipynb #1bb2c319
 def save_figure(
     fig: Figure,  # matplotlib figure
     path: Path | str,  # file; the suffix is set by kind
@@ -326,7 +326,7 @@ def save_figure(
     if kind == "lines":
         return write_atomic(path.with_suffix(suffix), shorter_svg(draw(metadata={"Date": None})))
     for dpi in (160, 130, 100, 80, 60, 45):
-        raw = draw(dpi=dpi, pil_kwargs=dict(quality=65, method=6))
+        raw = draw(dpi=dpi, pil_kwargs=dict(quality=75, method=6))
         if len(raw) <= limit:
             return write_atomic(path.with_suffix(suffix), raw)
     raise ValueError(f"{path}: {len(raw)} bytes at {dpi} dpi is over {limit}; draw fewer or smaller pictures")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The second base in one run of some twelve minutes on one large GPU; with TOY=1 the same steps in small, on a CPU.
+# The second base in one run of at most twelve minutes on one large GPU, by the clock; with TOY=1 the same steps in small, on a CPU.
 #
 #   python tools/pretrain_render.py drawings.json.xz nbs/pretrain/node_modules     # where the artwork is: 10 MB that travel
 #   bash tools/pretrain_gpu.sh drawings.json.xz OUT                                # where the GPU is
@@ -24,10 +24,11 @@ stop() { for p in $(pgrep -P "$1" || true); do stop "$p"; done; if [ "$1" != $$ 
 trap 'c=$?; if [ $c != 0 ]; then say failed; stop $$; fi' EXIT
 if [ -n "${TOY:-}" ]; then
   SIZE=64 DEVICE=cpu JOBS=2 MOST=6 AHEAD=1 WIDTH=${WIDTH:-[32, 32, 64]} BATCH=${BATCH:-8} MANY=8 PAIRS=4 STYLES=4 AE=4 SMALL=4
-  TIME="seconds=6"
+  TIME="seconds=6" GATES="concepts=4 cells_each=4 steps=3"
 else
   SIZE=128 DEVICE=cuda JOBS=${JOBS:-16} MOST=0 AHEAD=4 WIDTH=${WIDTH:-[64, 128, 192]} BATCH=${BATCH:-512} MANY=256 PAIRS=128
-  STYLES=48 AE=${AE:-130} SMALL=${SMALL:-70} TIME="until=$((BEGIN + ${UNTIL:-650}))"
+  STYLES=48 AE=${AE:-130} SMALL=${SMALL:-70} TIME="until=$((BEGIN + ${UNTIL:-600}))"
+  GATES="concepts=300 cells_each=128 steps=50"
 fi
 if [ -n "${WHEELS:-}" ]; then
   $PY -m pip install -q --no-index --no-deps --target "$W/site" "$WHEELS"/*.whl; export PYTHONPATH="$PYTHONPATH:$W/site"
@@ -36,7 +37,7 @@ fi
 run() { # notebook, folder of its store, further parameters
   local nb=$1 store=$2; shift 2; say "$nb"
   $PY tools/pretrain.py "$PWD/nbs/pretrain/$nb.ipynb" plain=1 budget=second size=$SIZE store="$store" device=$DEVICE threads=0 \
-    ahead=$AHEAD "$@" 2>&1 | tr '\r' '\n' | { grep -v 'img/s\|^$' || true; }
+    ahead=$AHEAD "$@" 2>&1 | tr '\r' '\n' | { grep -v 'img/s\|^$' || true; } || return 1
   say "$nb done"
 }
 autoencoder() { run 06_autoencoder "$1/store" "start_from=${VAE:-}" anchor_from= lr=1e-3 batch=$MANY folder="$1/ae" save_to="$1/vae" "${@:2}"; }
@@ -48,7 +49,7 @@ unet() {
     images=20000000 vae_from="$1/vae" clip_from="$1/scorer_clip" folder="$1/unet" save_to="$1/base" "${@:2}"
   tail -n 1 "$1/unet/log.jsonl"
 }
-both() { wait "$1"; wait "$2"; } # fails where one of them failed
+both() { local bad=0; wait "$1" || bad=1; wait "$2" || bad=1; return $bad; } # fails where one of them failed
 
 say "rendering, and a trial in small"
 $PY tools/pretrain_render.py "$S" "$ART" size=$SIZE jobs=$JOBS most=$MOST > "$OUT/render.txt" 2>&1 & RENDER=$!
@@ -70,7 +71,8 @@ styles "$W" seconds=$SMALL & Y=$!
 both $A $C
 unet "$W" "$TIME"
 both $E $Y || say "a scorer failed, the rest comes back"
+run 11_gates "$S" base="$W/base" evaluator_from="$W/evaluator" write_to="$W/gates" $GATES || say "no gates, the rest comes back"
 for log in "$W"/*/log.jsonl; do cp "$log" "$W/$(basename "$(dirname "$log")").jsonl"; done
 for look in "$W"/unet/eval-*.json "$W"/ae/eval-*.json; do cp "$look" "$W/$(basename "$(dirname "$look")")-$(basename "$look")"; done
-(cd "$W" && tar -c base scorer_clip $(ls -d evaluator styles ./*.json ./*.jsonl)) | split -b 15M -d - "$OUT/base128.tar."
+(cd "$W" && tar -c base scorer_clip $(ls -d evaluator styles gates ./*.json ./*.jsonl 2> /dev/null)) | split -b 15M -d - "$OUT/base128.tar."
 ls -l "$OUT"; say "done"

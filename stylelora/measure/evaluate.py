@@ -47,7 +47,7 @@ def _check_names(styles, target, base):
     if target in base:
         raise ValueError(f"{target!r} is a base style; a held-out style is needed")
 
-# %% ../../nbs/08_measure/07_evaluate.ipynb #7e3d6628
+# %% ../../nbs/08_measure/07_evaluate.ipynb #7ee30c04
 def remember(
     embed: Callable,  # function from pictures to a dictionary of tensors
     net: torch.nn.Module,  # network behind it, whose weights name the answers
@@ -56,9 +56,10 @@ def remember(
     "Let a function keep what a network makes of drawings."
     if not folder:
         return embed
+    mark = content_name(net)  # once: the weights are read through
 
     def recall(images):
-        name = content_name(net, images)
+        name = content_name(mark, images)
         file = Path(folder) / f"{name[:40]}.safetensors"
         try:
             return unseal(file)[0]
