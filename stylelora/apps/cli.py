@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['ABOUT', 'COMMANDS', 'UsageError', 'shows_site', 'run_study', 'run_report', 'dashes', 'make_app', 'main']
 
-# %% ../../nbs/11_apps/06_cli.ipynb #1b6901d6
+# %% ../../nbs/11_apps/06_cli.ipynb #91d4d98a
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +32,7 @@ def shows_site(
         site_folder()
     return published
 
-# %% ../../nbs/11_apps/06_cli.ipynb #b36cec7f
+# %% ../../nbs/11_apps/06_cli.ipynb #93129d72
 def run_study(
     profile: Annotated[str, Option(help="study, smoke, full, sd15, or your own file.")] = "study",
     jobs: Annotated[int, Option(min=1, help="Runs at a time; each gets its share of the cores.")] = 1,
@@ -46,12 +45,11 @@ def run_study(
     A profile is a file in reports/params: study takes minutes, full hours,
     sd15 (Stable Diffusion) a day. Complete runs are skipped and interrupted
     ones resumed, so the command can be repeated."""
-    from stylelora.study import runs, study, workers
+    from stylelora.study import study
 
     shown = not (dry_run or no_report) and shows_site(profile)
-    many = partial(workers.run_parallel, jobs=jobs) if jobs > 1 else runs.run_batch
     try:
-        done = study.run_study(profile, dry=dry_run, force=force, batch=many)
+        done = study.run_study(profile, dry=dry_run, force=force, jobs=jobs)
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt(str(e) or "stopped; the same command goes on from here") from None
     if (done.status == "failed").any():

@@ -238,9 +238,9 @@ def published() -> set:  # names of profiles; none outside of the repository
         names += load_yaml(find_params(name)).get("parts", ())
     return set(names)
 
-# %% ../../nbs/09_study/01_params.ipynb #41f8fb72
+# %% ../../nbs/09_study/01_params.ipynb #ff5b83ad
 FIELDS = ("notebook", "experiment", "recipe", "parameters", "inputs")
-KIND_NAMES = {str: "text", dict: "mapping", list: "list", bool: "yes or no"}
+KIND_NAMES = {str: "text", dict: "mapping", list: "list", bool: "yes or no", int: "whole number"}
 
 
 def read_fields(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'ALSO', 'COPIED', 'CONFIG', 'check_shape', 'read_profile', 'fingerprint', 'inputs_of', 'make_runs',
            'training_runs', 'evaluations_of', 'mixtures_of', 'plan_runs', 'known_runs', 'store_plan', 'check_base',
-           'check_training', 'check_drawing', 'check_runs', 'announce']
+           'check_training', 'check_drawing', 'check_runs', 'announce_crews', 'announce']
 
 # %% ../../nbs/09_study/06_plan.ipynb #e821260a
 import json
@@ -28,11 +28,11 @@ from .results import KEPT, PLAN, changing, completed, read_plans, read_table, wr
 from .runs import is_complete, title_of
 from ..train.step import make_config
 
-# %% ../../nbs/09_study/06_plan.ipynb #99f8243f
+# %% ../../nbs/09_study/06_plan.ipynb #ca994607
 FIELDS = dict(experiment="", trainings="", shared="", recipes=(), parts=())  # key of a profile -> default
 FIELDS |= dict(train={}, evaluate={}, also=(), mix=(), bare={})
 FIELDS |= dict(read=(), pictures=(), metrics=(), out="", trust=False)
-FIELDS |= dict(evaluator="nbs/experiments/run/evaluate.ipynb")
+FIELDS |= dict(evaluator="nbs/experiments/run/evaluate.ipynb", crew=1)
 ALSO = dict(pictures=bool, metrics=str)  # what else these keys may hold
 
 
@@ -48,7 +48,7 @@ def check_shape(
         if key in ("also", "mix") and not all(isinstance(v, dict) for v in value):
             raise ValueError(f"{where}: {key} is a list of mappings, not {value!r}")
 
-# %% ../../nbs/09_study/06_plan.ipynb #2211bb75
+# %% ../../nbs/09_study/06_plan.ipynb #79c2c4b8
 def read_profile(
     name: str = "study",  # name of a profile, or its file
     folder: str | Path | None = None,  # where the files are; reports/params if None
@@ -63,6 +63,8 @@ def read_profile(
     )
     check_shape(given, file.name)
     p = dict(FIELDS, **given, name=name, folder=folder)
+    if p["crew"] < 1:
+        raise ValueError(f"{file.name}: crew={p['crew']}; use 1 or more trainings at a time")
     p["own"] = folder != params_folder() or name not in published()
     if not (p["parts"] or p["experiment"] and (p["recipes"] or p["read"])):
         raise ValueError(f"{file.name}: experiment and recipes are needed, or parts")
@@ -349,6 +351,14 @@ def check_runs(
             check(p)
         except (ValueError, OSError) as e:
             raise ValueError(f"{where}: {title_of(run)}: {e}") from None
+
+# %% ../../nbs/09_study/06_plan.ipynb #31a21bf4
+def announce_crews(
+    crews: list,  # of Run, each with its `members`
+) -> str:  # one line
+    "Say which trainings are done together."
+    sizes = [len(c.parameters["members"]) for c in crews]
+    return f"  {sum(sizes)} trainings first, together, in crews of {', '.join(map(str, sizes))}"
 
 # %% ../../nbs/09_study/06_plan.ipynb #d1091a25
 def announce(

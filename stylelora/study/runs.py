@@ -251,7 +251,7 @@ def begin(
     write_json(path, manifest)
     return manifest
 
-# %% ../../nbs/09_study/02_runs.ipynb #75dd630d
+# %% ../../nbs/09_study/02_runs.ipynb #eb7cade5
 def finish(
     manifest: dict,  # from `begin`
     work: Path,  # the partial folder
@@ -261,6 +261,8 @@ def finish(
     "Add what is known after a run."
     (work / "run.json").unlink()
     facts = read_json(work / "facts.json") if (work / "facts.json").exists() else {}
+    if (work / "crew.json").exists():  # it was trained with others before
+        seconds += read_json(work / "crew.json")["seconds"]
     return manifest | dict(seconds=round(seconds, 2), peak_memory_mb=round(peak_mb, 1)) | facts
 
 # %% ../../nbs/09_study/02_runs.ipynb #992526f9

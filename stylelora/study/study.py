@@ -6,9 +6,10 @@
 __all__ = ['thin_curve', 'store_history', 'store_pictures', 'pictured', 'drop_pictures', 'owned', 'drop_unplanned', 'gather',
            'lighter', 'figure_of', 'lean_outputs', 'show_notebook', 'reading_runs', 'publish', 'run_study']
 
-# %% ../../nbs/09_study/07_study.ipynb #5bc28948
+# %% ../../nbs/09_study/07_study.ipynb #6d42288c
 import base64, io, re
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from ..pictures import open_image
 from .params import Run, complete_parameters, declared
 from stylelora.study.plan import (
     announce,
+    announce_crews,
     check_runs,
     inputs_of,
     known_runs,
@@ -28,6 +30,7 @@ from stylelora.study.plan import (
 from .results import append_results, append_runs, changing, read_plans, read_table
 from .results import wanted_rows, write_table
 from .runs import OUTCOME, is_complete, outcome_of, report, run_batch
+from .workers import crews_of, run_parallel
 
 # %% ../../nbs/09_study/07_study.ipynb #2c75a84b
 def thin_curve(
@@ -305,34 +308,38 @@ def publish(
             page = out / "runs" / profile["experiment"] / f"{name}.ipynb"
             show_notebook(folder / "notebook.ipynb", page, recipe)
 
-# %% ../../nbs/09_study/07_study.ipynb #a6857db1
-def _carry_out(
-    profile,  # from `read_profile`
-    out,  # folder for results, figures and runs
-    say,  # where words go
-    dry,  # True only says what would be done
-    force,  # True executes also what is complete
-    batch,  # executes a list of runs
-) -> pd.DataFrame:  # outcomes, see `run_batch`
+# %% ../../nbs/09_study/07_study.ipynb #a073aba7
+def _read_and_show(profile, plan, runs, out, batch, **how):
+    "Execute the notebooks that read results, and publish all pages."
+    readers = reading_runs(profile, out / "results")
+    outcomes = batch(readers, runs, **how)
+    publish(profile, plan + readers, runs, out)
+    return outcomes
+
+# %% ../../nbs/09_study/07_study.ipynb #34b1d91b
+def _carry_out(profile, out, say, dry, force, batch, jobs):
     "Carry out a profile that has no parts."
     plan, runs, results = plan_runs(profile), out / "runs" / "_sweep", out / "results"
     done = known_runs(plan, results, runs) if profile["trust"] and not force else set()
     todo = [r for r in plan if r.id not in done and (force or not is_complete(runs / r.id))]
     check_runs(todo, f"{profile['name']}.yaml")
     reading_runs(profile, results)  # checks their parameters
+    crews = crews_of(todo, profile["crew"], runs, jobs)
     say(announce(profile, plan, todo, results))
+    if crews:
+        say(announce_crews(crews))
     if dry:
         return pd.DataFrame([outcome_of(r, "planned") for r in todo], columns=OUTCOME)
+    if crews:
+        batch(crews, runs, say=say, force=force)  # whoever is left out of them trains alone
     try:
         outcomes = [batch(plan, runs, say=say, force=force, done=done)]
     finally:
         gather(profile, plan, runs, results)
-    readers = reading_runs(profile, results)
-    outcomes.append(batch(readers, runs, say=say, force=force))
-    publish(profile, plan + readers, runs, out)
+    outcomes.append(_read_and_show(profile, plan, runs, out, batch, say=say, force=force))
     return pd.concat(outcomes, ignore_index=True)
 
-# %% ../../nbs/09_study/07_study.ipynb #86878b04
+# %% ../../nbs/09_study/07_study.ipynb #4e1cffb7
 def run_study(
     profile: str = "study",  # name of a profile, or its file
     params: str | Path | None = None,  # where profiles are; reports/params if None
@@ -340,15 +347,17 @@ def run_study(
     say: Callable = print,  # where words go
     dry: bool = False,  # True only says what would be done
     force: bool = False,  # True executes also what is complete
-    batch: Callable = run_batch,  # executes a list of runs
+    batch: Callable | None = None,  # executes a list of runs; None: one after the other, or by several jobs
+    jobs: int = 1,  # runs at a time
 ) -> pd.DataFrame:  # outcomes, see `run_batch`
     "Carry out a profile: train, evaluate, gather, read, publish."
     p = read_profile(profile, params)
+    batch = batch or (partial(run_parallel, jobs=jobs) if jobs > 1 else run_batch)
     if p["parts"]:
-        tables = [run_study(part, p["folder"], out, say, dry, force, batch) for part in p["parts"]]
+        tables = [run_study(part, p["folder"], out, say, dry, force, batch, jobs) for part in p["parts"]]
         return pd.concat(tables, ignore_index=True)
     place = path_of(out) if out else root() / path_of(p["out"])
-    table = _carry_out(p, place, say, dry, force, batch)
+    table = _carry_out(p, place, say, dry, force, batch, jobs)
     if not dry:
         say(report(table))
     return table
