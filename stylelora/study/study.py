@@ -6,14 +6,14 @@
 __all__ = ['thin_curve', 'store_history', 'store_pictures', 'pictured', 'drop_pictures', 'owned', 'drop_unplanned', 'gather',
            'lighter', 'figure_of', 'lean_outputs', 'show_notebook', 'reading_runs', 'publish', 'run_study']
 
-# %% ../../nbs/09_study/07_study.ipynb #5bc28948
+# %% ../../nbs/09_study/07_study.ipynb #0fe60011
 import base64, io, re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from ..core import hash_files, path_of, read_json, root, write_atomic, write_json
+from ..core import check_place, hash_files, path_of, read_json, root, write_atomic, write_json
 from ..pictures import open_image
 from .params import Run, complete_parameters, declared
 from stylelora.study.plan import (
@@ -332,7 +332,7 @@ def _carry_out(
     publish(profile, plan + readers, runs, out)
     return pd.concat(outcomes, ignore_index=True)
 
-# %% ../../nbs/09_study/07_study.ipynb #86878b04
+# %% ../../nbs/09_study/07_study.ipynb #5b49a809
 def run_study(
     profile: str = "study",  # name of a profile, or its file
     params: str | Path | None = None,  # where profiles are; reports/params if None
@@ -341,13 +341,18 @@ def run_study(
     dry: bool = False,  # True only says what would be done
     force: bool = False,  # True executes also what is complete
     batch: Callable = run_batch,  # executes a list of runs
+    within: tuple = (),  # names of the profiles that this one is a part of
 ) -> pd.DataFrame:  # outcomes, see `run_batch`
     "Carry out a profile: train, evaluate, gather, read, publish."
     p = read_profile(profile, params)
+    if p["name"] in within:
+        raise ValueError(f"{p['name']}.yaml: it is a part of itself, by way of {' and '.join(within)}")
     if p["parts"]:
-        tables = [run_study(part, p["folder"], out, say, dry, force, batch) for part in p["parts"]]
+        how = say, dry, force, batch, (*within, p["name"])
+        tables = [run_study(part, p["folder"], out, *how) for part in p["parts"]]
         return pd.concat(tables, ignore_index=True)
     place = path_of(out) if out else root() / path_of(p["out"])
+    check_place(place / "results" / "runs.parquet")
     table = _carry_out(p, place, say, dry, force, batch)
     if not dry:
         say(report(table))
