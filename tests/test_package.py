@@ -205,6 +205,12 @@ def settings():
     return config["DEFAULT"]
 
 
+def test_locks_come_from_a_filelock_that_notices_a_removed_file():
+    "Before 3.21 two processes could hold a lock whose file the one before them had removed."
+    (wanted,) = (r for r in settings()["requirements"].split() if r.startswith("filelock"))
+    assert tuple(map(int, wanted.removeprefix("filelock>=").split("."))) >= (3, 21)
+
+
 def test_settings_hold_what_setup_needs():
     cfg = settings()
     assert not [k for k, v in cfg.items() if "example." in v], "a placeholder address"

@@ -7,7 +7,7 @@ __all__ = ['FILE', 'LAYOUTS', 'target_of', 'write_peft', 'save_adapter', 'save_l
            'AdapterFile', 'read_adapter', 'source_of', 'read_lora', 'reshaped', 'same_axes', 'check_fit',
            'load_components', 'read_for', 'load_adapter', 'load_lora']
 
-# %% ../../nbs/02_adapters/07_files.ipynb #65534981
+# %% ../../nbs/02_adapters/07_files.ipynb #91a64621
 import json
 import math
 from collections import Counter
@@ -25,10 +25,11 @@ from .layouts import adapter_config, call_texts, check_layout, diffusers_bytes
 from .layouts import fit_numbers, is_sdxl, kohya_bytes, kohya_texts, one_alpha
 from .layouts import to_tensors
 from .lora import check_state, kind_of, load_state, lora_state
-from ..core import check_finite, hash_files, path_of, pick_dtype, read_json, taken, write_atomic
+from ..core import check_finite, check_place, hash_files, path_of, pick_dtype, read_json
+from ..core import taken, write_atomic
 from ..sealed import pack
 
-# %% ../../nbs/02_adapters/07_files.ipynb #ed064329
+# %% ../../nbs/02_adapters/07_files.ipynb #1685ca88
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 LAYOUTS = ("diffusers", "kohya", "peft")
 
@@ -49,10 +50,10 @@ def target_of(
         raise ValueError(f"{path}: PEFT keeps an adapter in a folder; give a name without .safetensors")
     if layout == "kohya" and not is_file:
         raise ValueError(f"{path}: a kohya adapter is one file; let its name end in .safetensors")
-    if layout == "diffusers" and not is_file:
-        path = path / FILE
+    path = path / FILE if layout == "diffusers" and not is_file else path
     if not force and (any(path.rglob("adapter_*")) if path.is_dir() else path.exists()):
         raise taken(path)
+    check_place(path / "adapter_config.json" if layout == "peft" else path)
     return path
 
 # %% ../../nbs/02_adapters/07_files.ipynb #e96fa97a

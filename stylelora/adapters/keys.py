@@ -378,7 +378,7 @@ def _check_layers(found, file):
                 f"{file}: {n} is a {_kind_for(s).title} with a tensor {odd[0]!r} of another kind"
             )
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #75d1026b
+# %% ../../nbs/02_adapters/05_keys.ipynb #2d4da12c
 def _check_tensors(name, s, file):
     "Refuse tensors that are no matrices or kernels of real numbers, or no single number as alpha."
     for w, v in s.items():
@@ -390,6 +390,8 @@ def _check_tensors(name, s, file):
             raise ValueError(f"{file}: {name}: {found}; fetch it again, or one that is not compressed")
     wide = {f"{name}.{w} in 32 bits": v.float() for w, v in s.items() if v.dtype == torch.float64}
     check_finite(wide, file, "its numbers are out of all proportion, fetch it again")
+    if gone := [k for k, v in wide.items() if s[k.split(" ")[0].rpartition(".")[2]].any() and not v.any()]:
+        raise ValueError(f"{file}: all numbers of {gone[0]} are too small and become 0; scale A and B")
 
 # %% ../../nbs/02_adapters/05_keys.ipynb #16fa8063
 def _layer_state(name, s, config, file):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['layer_weights', 'check_states', 'blend', 'Fit', 'compress', 'resize', 'average_factors', 'differences', 'extract',
-           'block_of', 'inspect_state', 'block_shares', 'merge_files', 'resize_file', 'convert_file']
+           'block_of', 'inspect_state', 'block_shares', 'check_sum', 'merge_files', 'resize_file', 'convert_file']
 
 # %% ../../nbs/02_adapters/08_merge.ipynb #c1128c6b
 import math, re
@@ -332,7 +332,20 @@ def _check_out(out, sources, layout="diffusers", force=True):
         raise ValueError(f"{out} is one of the sources and would be overwritten; choose another name")
     return out
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #5686a73a
+# %% ../../nbs/02_adapters/08_merge.ipynb #5402202d
+def check_sum(
+    mixed: dict[str, dict],  # weighted sum, layer name -> {'A','B','alpha'}
+    states: list[dict],  # what was added up, not all zero
+):
+    "Refuse a sum in which everything has cancelled."
+
+    def size(state):
+        return math.hypot(*(norm_of(s) for s in as_lora(state).values()))
+
+    if size(mixed) <= 1e-6 * max(map(size, states)) > 0:
+        raise ValueError("the sum is zero in every layer; choose other weights")
+
+# %% ../../nbs/02_adapters/08_merge.ipynb #c1bf654f
 def merge_files(
     paths: str | Path | list,  # files of adapters, or their folders
     weights: float | dict | list,  # one for each, or one for all: a number, or numbers per block
@@ -346,7 +359,7 @@ def merge_files(
     weights = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(paths)
     out, states = _check_out(out, paths, force=force), [read_adapter(p).state for p in paths]
     try:
-        mixed = blend(states, weights)
+        check_sum(mixed := blend(states, weights), states)
     except ValueError as e:
         raise ValueError(f"merge of {', '.join(map(str, paths))}: {e}") from None
     fit = compress(mixed, max(len(s["A"]) for s in mixed.values()) if rank is None else rank)
@@ -355,7 +368,7 @@ def merge_files(
     save_adapter(fit.state, out, manifest=story, dtype=dtype, force=force)
     return fit
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #345014f9
+# %% ../../nbs/02_adapters/08_merge.ipynb #f0c61c09
 def resize_file(
     path: str | Path,  # file of an adapter, or its folder
     rank: int,  # rank of every layer of the result, >= 1
@@ -365,6 +378,8 @@ def resize_file(
 ) -> Fit:  # the resized adapter, with its error
     "Write an adapter at another rank, with the error on record."
     out, fit = _check_out(out, [path], force=force), resize(read_adapter(path).state, rank)
+    if rank > (most := max(min(_shape(s)[0], s["A"][0].numel()) for s in fit.state.values())):
+        raise ValueError(f"rank={rank}; no layer of {path} can have an update above rank {most}")
     story = dict(made_by="stylelora resize", sources=[source_of(path)], rank=rank, error=fit.error)
     save_adapter(fit.state, out, manifest=story, dtype=dtype, force=force)
     return fit

@@ -51,7 +51,7 @@ def run_merge(
     fit = merge_files(adapter, each, out, rank or None, dtype, force)
     print(f"{out}: {len(adapter)} adapters, {fit}")
 
-# %% ../../nbs/11_apps/01_files.ipynb #80eb25b4
+# %% ../../nbs/11_apps/01_files.ipynb #67eab845
 def merge_into(
     base: str,  # the model: 'embedded', 'tiny', a folder, a file or a hub id
     adapters: list,  # files of adapters, or their folders
@@ -64,17 +64,16 @@ def merge_into(
     "Add a weighted sum of adapters to the weights of a model, and save the model."
     from stylelora.adapters.bases import melt
     from stylelora.adapters.files import read_for
-    from stylelora.models.load import load_base, save_base
+    from stylelora.models.load import check_folder, load_base, save_base
 
     if out.suffix:
         raise ValueError(f"--out {out}: a model is a folder; give a name without {out.suffix}")
-    if out.exists() and any(out.iterdir()) and not force:
-        raise FileExistsError(f"{out} exists already; choose another name, or --force to replace it")
+    check_folder(out, force)
     if rank:
         raise ValueError(f"--rank {rank}: nothing needs to be cut for a model; leave it out")
     model = load_base(base, "cpu")
     count = melt(model, [read_for(model, f).state for f in adapters], weights)
-    save_base(model, out, dtype)
+    save_base(model, out, dtype, force)
     print(f"{out}: {base} with {len(adapters)} adapters in {count} layers")
 
 # %% ../../nbs/11_apps/01_files.ipynb #8918024c
@@ -186,7 +185,7 @@ def _told_of(fit, rank, kept):  # Fit, its rank and share of the energy
     lost = f"error {fit.error:.2%} of all that changed in the model"
     return f"{len(fit.state)} layers ({parts}) of rank {rank} {kept}; {lost}"
 
-# %% ../../nbs/11_apps/01_files.ipynb #d16abdfe
+# %% ../../nbs/11_apps/01_files.ipynb #35e591b0
 def run_inspect(
     adapter: Annotated[list[Path], Argument(help="Files of adapters, or their folders, in any layout.")],
     base: Annotated[str, Option(help=BASE)] = None,

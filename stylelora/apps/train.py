@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGET_NAMES', 'SAMPLING_NAMES', 'WEIGHTING_NAMES', 'from_file', 'Files', 'Captions', 'Optimisation', 'Watching',
-           'Noise', 'given_of', 'config_of', 'open_tracker', 'Session', 'watcher_of', 'check_watching', 'run_train']
+           'Noise', 'given_of', 'config_of', 'open_tracker', 'Session', 'watcher_of', 'check_watching', 'check_files',
+           'run_train']
 
 # %% ../../nbs/11_apps/04_train.ipynb #9c45dc0f
 "`stylelora train`: from a folder of pictures to an adapter, watched on the way."
@@ -273,7 +274,21 @@ def check_watching(
     if w.patience and w.pick == "last":
         raise ValueError("--patience needs something to compare; add --pick best --val 3")
 
-# %% ../../nbs/11_apps/04_train.ipynb #44f34505
+# %% ../../nbs/11_apps/04_train.ipynb #16b8f724
+def check_files(
+    files: Files,  # what is written; `out` becomes the file of the adapter
+):
+    "Refuse places that cannot be written, or that hold something already."
+    from stylelora.core import check_place, taken
+    from stylelora.train.from_folder import CHECKPOINT, places_of
+
+    files.out, work = places_of(files.out, files.work, files.force)
+    page = files.out.with_name(files.out.stem + "_report") / "report.html"
+    check_place(page)
+    if page.exists() and not files.force and not (work / CHECKPOINT).exists():
+        raise taken(page)
+
+# %% ../../nbs/11_apps/04_train.ipynb #ca9c2487
 def run_train(
     folder: Annotated[Path, Argument(help="Folder of pictures; ten to fifty are enough.")],
     files: Files,  # what is written, and where
@@ -288,13 +303,11 @@ def run_train(
     Captions are text files beside the pictures (cup.png, cup.txt), or in
     metadata.csv or .jsonl; the embedded model wants --style '<s1>' and
     --template '{style} emoji of {caption}'. Stopped, it goes on if repeated."""
-    from stylelora.adapters.files import target_of
-
     given = given_of(training)
     if files.check:
         return _check_pictures(folder, captions, load_model(model))
     check_watching(watching, captions)
-    files.out = target_of(files.out.expanduser(), force=files.force)
+    check_files(files)
     session = Session(load_model(model), files, watching)
     _train(session, folder, captions, training, noise, given)
 
@@ -309,9 +322,9 @@ def _read_init(file, base, given):  # Path; Base; parameters that were given, wh
     given.setdefault("rank", len(next(iter(state.values()))["A"]))
     return state
 
-# %% ../../nbs/11_apps/04_train.ipynb #9a623d06
+# %% ../../nbs/11_apps/04_train.ipynb #de9175ff
 def _train(s, folder, captions, training, noise, given):  # Session; Path; groups of options; dict
-    "Train, say what came out, and write the page."
+    "Train, and have the page written before the checkpoint goes."
     from stylelora.data.folder import list_images
     from stylelora.sample.watch import hooks_of
     from stylelora.train.from_folder import train_folder
@@ -320,12 +333,8 @@ def _train(s, folder, captions, training, noise, given):  # Session; Path; group
     watcher, config = watcher_of(s, config_of(given, s.base, len(list_images(folder.expanduser()))))
     how = dict(template=captions.template, style=captions.style, flip=captions.flip, n_val=captions.val)
     how |= dict(work=s.files.work, force=s.files.force, on_pictures=partial(_seen, s))
-    how |= dict(init=init) | hooks_of(watcher)
-    done = train_folder(s.base, folder, s.files.out, config, _objective_of(noise, s.base), **how)
-    print(
-        f"{done.file} after {int(done.history.step.max())} steps, last loss {done.history.loss.iloc[-1]:.4f}"
-    )
-    _write_page(s, done)
+    how |= dict(init=init, on_done=partial(_write_page, s)) | hooks_of(watcher)
+    train_folder(s.base, folder, s.files.out, config, _objective_of(noise, s.base), **how)
 
 
 def _seen(s, found):  # Session, Pictures
@@ -333,11 +342,13 @@ def _seen(s, found):  # Session, Pictures
     s.pictures = found
     _report(found, s.base.size)
 
-# %% ../../nbs/11_apps/04_train.ipynb #b17a8fd1
+# %% ../../nbs/11_apps/04_train.ipynb #dbbf7035
 def _write_page(s, done):  # Session, Trained
-    "Write table and page beside the adapter; without matplotlib there is no page."
+    "Say what came out, write table and page beside the adapter; without matplotlib there is no page."
     from stylelora.core import write_atomic
 
+    last = done.history.iloc[-1]
+    print(f"{done.file} after {int(last.step)} steps, last loss {last.loss:.4f}")
     write_atomic(s.folder / "history.csv", done.history.to_csv(index=False).encode())
     example, file = shlex.quote(done.pictures.call["example"]), shlex.quote(str(done.file))
     call = f"stylelora sample {example} --lora {file}"

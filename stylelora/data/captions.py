@@ -143,19 +143,32 @@ def _csv_rows(path):
             raise ValueError(f"{path} line {line}: {odd}; {cure}")
         yield line, dict(zip(head, cells))
 
-# %% ../../nbs/04_data/00_captions.ipynb #14eab52d
+# %% ../../nbs/04_data/00_captions.ipynb #6996fed5
+def _once(pairs):
+    "Make a row of names and values, and refuse a name that appears twice."
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise LookupError(f"{twice!r} appears twice; keep one")
+    return row
+
+
+_OBJECT = 'write {"file_name": "cat.png", "text": "a cat"}'
+
+# %% ../../nbs/04_data/00_captions.ipynb #3f978fa8
 def _json_rows(path):
     "Read a file with a JSON object on each line: (line, column -> value)."
-    for line, words in enumerate(_content(path).split("\n"), 1):
-        if not words.strip():
-            continue
+    lines = enumerate(_content(path).split("\n"), 1)
+    for line, words in ((n, words) for n, words in lines if words.strip()):
         try:
-            row = json.loads(words)
+            row = json.loads(words, object_pairs_hook=_once)
+        except LookupError as e:
+            raise ValueError(f"{path} line {line}: {e}") from None
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            cure = 'write {"file_name": "cat.png", "text": "a cat"}'
-            raise ValueError(f"{path} line {line}: not one JSON object a line; {cure}")
+            raise ValueError(f"{path} line {line}: not one JSON object a line; {_OBJECT}")
         yield line, row
 
 

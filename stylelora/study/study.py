@@ -6,7 +6,7 @@
 __all__ = ['thin_curve', 'store_history', 'store_pictures', 'pictured', 'drop_pictures', 'owned', 'drop_unplanned', 'gather',
            'lighter', 'figure_of', 'lean_outputs', 'show_notebook', 'reading_runs', 'publish', 'run_study']
 
-# %% ../../nbs/09_study/07_study.ipynb #6d42288c
+# %% ../../nbs/09_study/07_study.ipynb #fab5bf29
 import base64, io, re
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from ..core import hash_files, path_of, read_json, root, write_atomic, write_json
+from ..core import check_place, hash_files, path_of, read_json, root, write_atomic, write_json
 from ..pictures import open_image
 from .params import Run, complete_parameters, declared
 from stylelora.study.plan import (
@@ -339,7 +339,7 @@ def _carry_out(profile, out, say, dry, force, batch, jobs):
     outcomes.append(_read_and_show(profile, plan, runs, out, batch, say=say, force=force))
     return pd.concat(outcomes, ignore_index=True)
 
-# %% ../../nbs/09_study/07_study.ipynb #4e1cffb7
+# %% ../../nbs/09_study/07_study.ipynb #65231f3a
 def run_study(
     profile: str = "study",  # name of a profile, or its file
     params: str | Path | None = None,  # where profiles are; reports/params if None
@@ -349,14 +349,18 @@ def run_study(
     force: bool = False,  # True executes also what is complete
     batch: Callable | None = None,  # executes a list of runs; None: one after the other, or by several jobs
     jobs: int = 1,  # runs at a time
+    within: tuple = (),  # names of the profiles that this one is a part of
 ) -> pd.DataFrame:  # outcomes, see `run_batch`
     "Carry out a profile: train, evaluate, gather, read, publish."
     p = read_profile(profile, params)
     batch = batch or (partial(run_parallel, jobs=jobs) if jobs > 1 else run_batch)
+    if p["name"] in within:
+        raise ValueError(f"{p['name']}.yaml: it is a part of itself, by way of {' and '.join(within)}")
     if p["parts"]:
-        tables = [run_study(part, p["folder"], out, say, dry, force, batch, jobs) for part in p["parts"]]
-        return pd.concat(tables, ignore_index=True)
+        how = say, dry, force, batch, jobs, (*within, p["name"])
+        return pd.concat([run_study(part, p["folder"], out, *how) for part in p["parts"]], ignore_index=True)
     place = path_of(out) if out else root() / path_of(p["out"])
+    check_place(place / "results" / "runs.parquet")
     table = _carry_out(p, place, say, dry, force, batch, jobs)
     if not dry:
         say(report(table))

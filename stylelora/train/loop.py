@@ -227,7 +227,7 @@ def check_target(
         raise taken(file)
     t.replace = file.exists()
 
-# %% ../../nbs/05_train/03_loop.ipynb #9812daa2
+# %% ../../nbs/05_train/03_loop.ipynb #041b9c35
 @contextmanager
 def alone_in(
     folder: str | Path | None,  # of a checkpoint; None: there is nothing to share
@@ -242,10 +242,12 @@ def alone_in(
     if not folder or not main:
         yield
         return
-    with locked(path_of(folder) / ".lock", busy):
-        yield
-    with suppress(OSError):
-        path_of(folder).rmdir()  # nothing was left in it
+    try:
+        with locked(path_of(folder) / ".lock", busy):
+            yield
+    finally:
+        with suppress(OSError):
+            path_of(folder).rmdir()  # nothing was left in it
 
 # %% ../../nbs/05_train/03_loop.ipynb #71b02012
 def begin(
