@@ -86,47 +86,48 @@ def auc_table(
             rows[m] |= {k: means[0, i], f"{k}_low": low[i], f"{k}_high": high[i]}
     return pd.DataFrame(rows).T
 
-# %% ../../nbs/08_measure/11_validity.ipynb #a0930091
+# %% ../../nbs/08_measure/11_validity.ipynb #071eaf61
 STRENGTHS = dict(
-    blur=(0.5, 1, 2, 4),
+    blur=(1 / 128, 1 / 64, 1 / 32, 1 / 16),
     autoencoder=(1, 2, 4, 8),
-    shift=(1, 2, 4, 8),
+    shift=(1 / 64, 1 / 32, 1 / 16, 1 / 8),
     hue=(30, 60, 120, 180),
     grey=(0.25, 0.5, 0.75, 1),
     colours=(4, 5, 6, 7),
-    thicker=(1, 2, 3, 4),
+    thicker=(1 / 64, 1 / 32, 3 / 64, 1 / 16),
     other_hand=(0.25, 0.5, 0.75, 1),
     other_thing=(0.25, 0.5, 0.75, 1),
 )
 
-# %% ../../nbs/08_measure/11_validity.ipynb #28a806ac
+# %% ../../nbs/08_measure/11_validity.ipynb #15507859
 UNITS = dict(
-    blur="pixels",
+    blur="share of the side",
     autoencoder="passes",
-    shift="pixels",
+    shift="share of the side",
     hue="degrees",
     grey="share",
     colours="bits less",
-    thicker="pixels",
+    thicker="share of the side",
     other_hand="share",
     other_thing="share",
 )
 
-# %% ../../nbs/08_measure/11_validity.ipynb #cdbecee4
+# %% ../../nbs/08_measure/11_validity.ipynb #eb14d84c
 def _filtered(x, name, s):
     "Apply the damages that need no second picture to floats (n,h,w,3)."
-    k, edge = int(2 * s + 1), ((0, 0), (0, 0), (int(s), 0), (0, 0))
+    width = s * x.shape[2]  # in pixels, where s is a share of the side
+    whole = max(round(width), int(s > 0))
     if name == "blur":
-        return gaussian_filter(x, (0, s, s, 0), mode="nearest")
+        return gaussian_filter(x, (0, width, width, 0), mode="nearest")
     if name == "shift":
-        return np.pad(x, edge, constant_values=255)[:, :, : x.shape[2]]
+        return np.pad(x, ((0, 0), (0, 0), (whole, 0), (0, 0)), constant_values=255)[:, :, : x.shape[2]]
     if name == "grey":
         return (1 - s) * x + s * (x @ (0.299, 0.587, 0.114))[..., None]
     if name == "colours":
         step = 255 / (2 ** (8 - s) - 1)
         return np.round(x / step) * step
     if name == "thicker":
-        return minimum_filter(x, (1, k, k, 1), mode="nearest")
+        return minimum_filter(x, (1, 2 * whole + 1, 2 * whole + 1, 1), mode="nearest")
     if name != "hue":
         raise ValueError(f"damage {name!r} needs the other pictures")
     a, cross = np.deg2rad(s), np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
