@@ -39,7 +39,7 @@ PAIRED_METRICS = dict(
     perceptual=Metric("LPIPS on lite0", 2, better=-1),
 )
 
-# %% ../../nbs/08_measure/00_names.ipynb #7d8bcc2a
+# %% ../../nbs/08_measure/00_names.ipynb #a80df23a
 OTHER_METRICS = dict(
     style_score=Metric("style score"),
     other_style_score=Metric("score of the other style", better=0),
@@ -47,6 +47,9 @@ OTHER_METRICS = dict(
     attribute_outline=Metric("outline score"),
     attribute_shading=Metric("shading score"),
     attribute_shape=Metric("shape score"),
+    lite0_style_at_1=Metric("Style@1, lite0", 0, 100, "%"),
+    lite0_content_at_1=Metric("Content@1, lite0", 0, 100, "%"),
+    lite0_content_rr=Metric("content MRR, lite0"),
     csd_style=Metric("CSD style", 3),
     dinov2_style=Metric("DINOv2 style", 3),
     pickscore=Metric("PickScore"),

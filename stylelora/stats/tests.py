@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEW', 'unit_means', 'paired_tests', 'tost_share', 'verdict_of', 'contrast_row', 'coverage_of', 'contrast_table',
-           'aligned', 'draw_means', 'mean_tau', 'kendall', 'sums_of_squares', 'Anova', 'balanced_anova', 'fitted',
-           'dominates', 'pareto']
+           'aligned', 'draw_means', 'pair_signs', 'mean_tau', 'kendall', 'sums_of_squares', 'Anova', 'balanced_anova',
+           'fitted', 'dominates', 'pareto']
 
 # %% ../../nbs/07_stats/02_tests.ipynb #d6911131
 from dataclasses import dataclass
@@ -189,14 +189,26 @@ def draw_means(
     v = np.vstack([np.ones(k), rng.multinomial(k, np.full(k, 1 / k), n_draws)])
     return np.stack([weighted_means(np.asarray(t, float), u, v) for t in tables], axis=1)
 
-# %% ../../nbs/07_stats/02_tests.ipynb #a940001e
+# %% ../../nbs/07_stats/02_tests.ipynb #a9605964
+def pair_signs(
+    values: np.ndarray,  # (…,n)
+    noise: float = 1e-6,  # share of the largest value that counts as rounding
+) -> (
+    np.ndarray
+):  # (…,pairs): 1 where the first of two is larger, -1 where the second, 0 for ties; NaN is missing
+    "Order all pairs along the last axis; what differs by rounding alone is tied."
+    x = np.asarray(values, float)
+    i, j = np.triu_indices(x.shape[-1], 1)
+    gap, size = x[..., i] - x[..., j], np.nanmax(np.abs(x), axis=-1, keepdims=True, initial=0)
+    return np.where(np.abs(gap) <= noise * size, 0, np.sign(gap))
+
+# %% ../../nbs/07_stats/02_tests.ipynb #ce9f8c4b
 def mean_tau(
     means: np.ndarray,  # (draws, recipes, samplers)
 ) -> np.ndarray:  # (draws, samplers, samplers): tau-b of each pair, NaN where all recipes are tied
     "Compare the order of the recipes between all pairs of samplers."
-    i, j = np.triu_indices(means.shape[1], 1)
-    order = np.sign(means[:, i] - means[:, j])
-    together = np.einsum("dpa,dpb->dab", order, order)
+    order = pair_signs(np.moveaxis(means, 1, -1))
+    together = order @ order.swapaxes(1, 2)
     untied = np.einsum("daa->da", together)
     scale = np.sqrt(untied[:, :, None] * untied[:, None])
     return np.divide(together, scale, out=np.full_like(together, np.nan), where=scale > 0)
