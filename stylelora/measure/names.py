@@ -19,7 +19,7 @@ class Metric:
     unit: str = ""  # written after the number
     better: int = 1  # 1 if more is better, -1 if less, 0 if neither
 
-# %% ../../nbs/08_measure/00_names.ipynb #89685fb3
+# %% ../../nbs/08_measure/00_names.ipynb #f3d4fba8
 PAIRED_METRICS = dict(
     style_at_1=Metric("Style@1", 0, 100, "%"),
     style_margin=Metric("style margin", 3),
@@ -36,10 +36,10 @@ PAIRED_METRICS = dict(
     psnr=Metric("PSNR", 1, 1, "dB"),
     ssim=Metric("SSIM", 3),
     lpips=Metric("LPIPS", 3, better=-1),
-    perceptual=Metric("LPIPS on lite0", 2, better=-1),
+    perceptual=Metric("feature distance, lite0", 2, better=-1),
 )
 
-# %% ../../nbs/08_measure/00_names.ipynb #7d8bcc2a
+# %% ../../nbs/08_measure/00_names.ipynb #a80df23a
 OTHER_METRICS = dict(
     style_score=Metric("style score"),
     other_style_score=Metric("score of the other style", better=0),
@@ -47,6 +47,9 @@ OTHER_METRICS = dict(
     attribute_outline=Metric("outline score"),
     attribute_shading=Metric("shading score"),
     attribute_shape=Metric("shape score"),
+    lite0_style_at_1=Metric("Style@1, lite0", 0, 100, "%"),
+    lite0_content_at_1=Metric("Content@1, lite0", 0, 100, "%"),
+    lite0_content_rr=Metric("content MRR, lite0"),
     csd_style=Metric("CSD style", 3),
     dinov2_style=Metric("DINOv2 style", 3),
     pickscore=Metric("PickScore"),

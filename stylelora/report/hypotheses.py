@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NEEDS', 'KEYS', 'USUAL', 'SETTING', 'JUDGES', 'check_test', 'check_entry', 'load_hypotheses', 'with_details',
            'pick_rows', 'tables_of', 'above', 'terms_of', 'judge_sum', 'curve_of', 'judge_monotone', 'judge_linear',
-           'judge_maximum', 'judge_order', 'Verdict', 'judge_hypothesis', 'read_results', 'scoreboard']
+           'judge_maximum', 'judge_order', 'Verdict', 'judge_hypothesis', 'training_rows', 'read_results', 'scoreboard']
 
-# %% ../../nbs/10_report/01_hypotheses.ipynb #0cc550e7
+# %% ../../nbs/10_report/01_hypotheses.ipynb #553e944a
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..core import path_of, root
 from ..stats.tests import aligned, draw_means, mean_tau, unit_means
 from ..measure.names import metric_of
 from ..study.params import load_yaml
-from ..study.results import SCHEMA, load_results, published_rows, read_table, results_folder
+from ..study.results import SCHEMA, UNDRAWN, load_results, published_rows, read_table, results_folder
 from ..stats.intervals import cluster_bootstrap, holm, sign_flip
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #c446a0a6
@@ -125,7 +125,7 @@ def tables_of(
     except ValueError as e:
         raise LookupError(str(e)) from None
 
-# %% ../../nbs/10_report/01_hypotheses.ipynb #24fe2f7d
+# %% ../../nbs/10_report/01_hypotheses.ipynb #793ff40a
 def above(
     x: np.ndarray,  # one number per unit (n,)
 ) -> float:  # one-sided p-value
@@ -138,6 +138,11 @@ def above(
 def _inside(d, m):
     "Test whether differences (n,) lie inside margins (n,) on the mean, on both sides."
     return max(above(m - d), above(m + d))
+
+
+def _sure(*tables):
+    "Tell whether the intervals of all tables, concepts × training seeds, lie above zero."
+    return all(cluster_bootstrap(t).low > 0 for t in tables)
 
 
 def _outside(d, m):
@@ -169,13 +174,13 @@ def _base(test):
     "Collect what all settings of a test have in common: column -> value."
     return USUAL | dict(experiment=test["experiment"], metric=test["metric"]) | test.get("where", {})
 
-# %% ../../nbs/10_report/01_hypotheses.ipynb #39ff5c89
+# %% ../../nbs/10_report/01_hypotheses.ipynb #df02bbd2
 def judge_sum(
     frame: pd.DataFrame,  # tidy results with details
     test: dict,  # of kind difference, equivalence, one_sided or interaction
 ) -> dict:  # estimate, low, high, n_units, p_for, p_against
     "Judge a rule about a weighted sum of settings."
-    terms, base = terms_of(test), _base(test)
+    terms, base, better = terms_of(test), _base(test), metric_of(test["metric"]).better or 1
     share, sign, unit = test.get("margin", 0), test.get("sign", 0), test.get("unit", "seed")
     settings = [base | s for _, s in terms]
     if share:  # the margin is a share of the gain of the baseline over a floor
@@ -183,18 +188,18 @@ def judge_sum(
         settings.append(floor | test.get("floor", {}))
     tables = tables_of(frame, settings)
     d = sum(w * t for (w, _), t in zip(terms, tables))
-    better = metric_of(test["metric"]).better or 1
     m = share * better * (tables[1] - tables[-1]) if share else 0 * d
     u, v = unit_means(d, unit).to_numpy(), unit_means(m, unit).to_numpy()
     i = cluster_bootstrap(d)
-    inside, outside = _inside(u, v), _outside(u, v)
-    if test["kind"] == "equivalence":
-        p = [inside, outside]
-    elif sign:
-        p = [above(sign * u - v), above(v - sign * u)]
+    if sign:
+        found = (above(sign * u - v), _sure(sign * d - m)), (above(v - sign * u), _sure(m - sign * d))
     else:
-        p = [outside, inside] if share else [outside, np.nan]
-    return dict(estimate=i.estimate, low=i.low, high=i.high, n_units=len(u), p_for=p[0], p_against=p[1])
+        inside = _inside(u, v), _sure(m - d, m + d)
+        outside = _outside(u, v), _sure(d - m) or _sure(-d - m)
+        against = inside if share else (np.nan, False)
+        found = (inside, outside) if test["kind"] == "equivalence" else (outside, against)
+    row = dict(estimate=i.estimate, low=i.low, high=i.high, n_units=len(u))
+    return row | dict(zip("p_for sure_for p_against sure_against".split(), found[0] + found[1]))
 
 # %% ../../nbs/10_report/01_hypotheses.ipynb #89c8f862
 def curve_of(
@@ -206,7 +211,7 @@ def curve_of(
     x = np.array(list(levels.values()) if isinstance(levels, dict) else levels, float)
     return x, tables_of(frame, [_base(test) | {test["factor"]: v} for v in levels])
 
-# %% ../../nbs/10_report/01_hypotheses.ipynb #737c635b
+# %% ../../nbs/10_report/01_hypotheses.ipynb #a11e6baa
 def judge_monotone(
     frame: pd.DataFrame,  # tidy results with details
     test: dict,  # of kind monotone: factor, levels in rising order, sign
@@ -216,12 +221,14 @@ def judge_monotone(
     y = np.array([unit_means(t, test.get("unit", "seed")) for t in tables]) * test["sign"]
     w = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     i = cluster_bootstrap(sum(a * t for a, t in zip(w, tables)))
+    ends = sorted(test["sign"] * np.array([i.low, i.high]))
     back = [above(-w @ y), *(above(-step) for step in np.diff(y, axis=0))]
     return dict(
         estimate=i.estimate,
         low=i.low,
         high=i.high,
         n_units=y.shape[1],
+        sure_for=ends[0] > 0,
         p_for=above(w @ y),
         p_against=min(1.0, len(back) * min(back)),
     )
@@ -294,19 +301,20 @@ JUDGES = dict.fromkeys(("difference", "equivalence", "one_sided", "interaction")
     monotone=judge_monotone, linear=judge_linear, interior_maximum=judge_maximum, kendall=judge_order
 )
 
-# %% ../../nbs/10_report/01_hypotheses.ipynb #695344f6
+# %% ../../nbs/10_report/01_hypotheses.ipynb #b5492350
 def _answer(frame, test):
     "Apply one test to results with details; without results, give the reason."
     both = test["kind"] in ("kendall", "interior_maximum")
     row = {k: test[k] for k in ("kind", "experiment", "metric")} | dict(reason="")
     row |= dict(unit="both" if both else test.get("unit", "seed"))
     row |= dict.fromkeys(("estimate", "low", "high", "n_units", "p_for", "p_against"), np.nan)
+    row |= dict(sure_for=True, sure_against=True)  # of kinds whose draws are the test
     try:
         return row | JUDGES[test["kind"]](frame, test)
     except LookupError as e:
         return row | dict(reason=str(e.args[0]))
 
-# %% ../../nbs/10_report/01_hypotheses.ipynb #dd1955a0
+# %% ../../nbs/10_report/01_hypotheses.ipynb #61a9f328
 @dataclass
 class Verdict:
     "Hold what became of a hypothesis."
@@ -325,34 +333,50 @@ def judge_hypothesis(
     frame = results if set(USUAL) <= set(results) else with_details(results)
     t = pd.DataFrame([_answer(frame, test) for test in entry["tests"]])
     t[["p_for", "p_against"]] = np.stack([holm(t.p_for), holm(t.p_against)], 1)
-    t["verdict"] = np.select(
-        [t.reason != "", t.p_against <= alpha, t.p_for <= alpha],
-        ["not tested", "refuted", "supported"],
-        "inconclusive",
-    )
+    holds, fails = ((t[f"p_{k}"] <= alpha) & t[f"sure_{k}"].astype(bool) for k in ("for", "against"))
+    words = ["not tested", "refuted", "supported"]
+    t["verdict"] = np.select([t.reason != "", fails, holds], words, "inconclusive")
     ranked = [v for v in ("refuted", "not tested", "inconclusive", "supported") if (t.verdict == v).any()]
     return Verdict(entry["id"], ranked[0], t)
 
-# %% ../../nbs/10_report/01_hypotheses.ipynb #fbd543a0
+# %% ../../nbs/10_report/01_hypotheses.ipynb #b497a24a
+def training_rows(
+    runs: pd.DataFrame,  # runs.parquet as a table
+    history: pd.DataFrame,  # history.parquet as a table: run_id, step, grad_norm
+) -> pd.DataFrame:  # tidy rows of the metric grad_spread, one per training
+    "Measure how steadily each training went."
+    noted = runs[runs.run_id.isin(history.run_id) & runs.parameters.map(lambda p: isinstance(p, str))]
+    known = pd.DataFrame(noted.parameters.map(json.loads).tolist(), index=noted.run_id)
+    known = known[known.train_steps == known.train_steps.mode().get(0)]
+    late = history[history.step > history.groupby("run_id").step.transform("max") / 2]
+    norm = late.groupby("run_id").grad_norm.agg(["std", "mean"])
+    rows = known[["experiment", "recipe", "style", "n_images", "rank", "train_seed"]].assign(**UNDRAWN)
+    rows = rows.assign(concept="training", metric="grad_spread", value=norm["std"] / norm["mean"])
+    return rows.dropna(subset="value").reset_index(names="run_id")[list(SCHEMA)]
+
+# %% ../../nbs/10_report/01_hypotheses.ipynb #ce8d5a7f
 def read_results(
     folder: str | Path | None = None,  # folder of results; reports/results if None
 ) -> pd.DataFrame:  # tidy results of all experiments with details; without rows if there are none
     "Read everything that has been measured, which may be nothing."
-    runs = results_folder(folder) / "runs.parquet"
+    found = {k: results_folder(folder) / f"{k}.parquet" for k in ("runs", "history")}
+    tables = {k: read_table(path) for k, path in found.items() if path.exists()}
     try:
         frame = load_results(folder=folder)
     except FileNotFoundError:
         frame = pd.DataFrame(columns=list(SCHEMA))
-    frame = published_rows(frame, results_folder(folder))
-    return with_details(frame, read_table(runs) if runs.exists() else None)
+    if len(frame) and len(tables) == 2 and len(tables["history"]):
+        frame = pd.concat([frame, training_rows(**tables)], ignore_index=True)
+    return with_details(published_rows(frame, results_folder(folder)), tables.get("runs"))
 
-# %% ../../nbs/10_report/01_hypotheses.ipynb #a3066cc3
+# %% ../../nbs/10_report/01_hypotheses.ipynb #715181f6
 def _words(t):
     "Say in words what one test has found."
     if t.reason:
         return f"{t.experiment} {t.metric}: not tested ({t.reason})"
     ends = f"{t.estimate:.3g} [{t.low:.3g}, {t.high:.3g}], n = {t.n_units:.0f} ({t.unit})"
-    p = f"p for {t.p_for:.2g}, against {t.p_against:.2g}"
+    against = "" if np.isnan(t.p_against) else f", against {t.p_against:.2g}"
+    p = f"p for {t.p_for:.2g}{against}"
     return f"{t.experiment} {t.metric}, {t.kind}: {ends}, {p}: {t.verdict}"
 
 

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['runs_of', 'Experiment', 'open_folders', 'open_experiment', 'first_measured', 'with_parameters', 'sweep', 'draw_sweep',
-           'sheet_of', 'tiles', 'strip', 'short_title', 'show_strip']
+           'sheet_of', 'tiles', 'strip', 'short_title', 'show_published', 'show_strip']
 
-# %% ../../nbs/09_study/08_readers.ipynb #17a849f7
-import json, textwrap
+# %% ../../nbs/09_study/08_readers.ipynb #a8a25f69
+import io, json, textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from ..core import read_json, root
+from IPython.display import Image as Shown, display
+from ..core import read_json, root, write_atomic
 from ..pictures import open_image
 from ..plots import axes, colour, image_grid, plain, save_figure, setup_style
 from ..stats.intervals import cluster_bootstrap
-from .results import load_results, read_plans, read_table
+from .results import judging, load_results, read_plans, read_table
 from .runs import working_folder
 
 # %% ../../nbs/09_study/08_readers.ipynb #593bd19f
@@ -57,7 +58,7 @@ def open_folders(
     figures.mkdir(parents=True, exist_ok=True)
     return root() / (results or usual), folder, figures
 
-# %% ../../nbs/09_study/08_readers.ipynb #e0b0cbfb
+# %% ../../nbs/09_study/08_readers.ipynb #3142415b
 def open_experiment(
     profile: str,  # whose runs are read; names with blanks between
     experiments: str = "",  # names of the results, with blanks between; those of the evaluations if ''
@@ -71,7 +72,7 @@ def open_experiment(
         raise ValueError(f"no plan of {profile!r} is in {where.name}/; run: make study PROFILE={profile}")
     evaluated = {r["experiment"] for r in plan.values() if r["kind"] == "evaluate"}
     rows = load_results(*(experiments.split() or sorted(evaluated)), folder=where)
-    rows = rows[rows.run_id.isin(plan)]
+    rows = judging(rows[rows.run_id.isin(plan)], where)
     return Experiment(where, folder, figures, plan, rows, read_table(where / "runs.parquet"))
 
 # %% ../../nbs/09_study/08_readers.ipynb #c505978e
@@ -208,7 +209,23 @@ def short_title(
     "Make a title for a narrow column."
     return "\n".join(textwrap.wrap(name, n, break_long_words=False, max_lines=2, placeholder="…"))
 
-# %% ../../nbs/09_study/08_readers.ipynb #438fcd9f
+# %% ../../nbs/09_study/08_readers.ipynb #a1107601
+def show_published(
+    results: str | Path,  # folder of results; figures lie beside it
+    path: str | Path,  # file that the figure would have been saved in
+) -> bool:  # True if there was one
+    "Show the figure that was published before, in place of one whose pictures are elsewhere."
+    target = Path(path).with_suffix(".webp")
+    stored = Path(results).parent / "figures" / target.name
+    if not stored.exists():
+        print(f"{target.stem}: the pictures of these runs are not on this machine")
+        return False
+    write_atomic(target, stored.read_bytes())
+    open_image(stored)[0].save(png := io.BytesIO(), "PNG")
+    display(Shown(png.getvalue()))
+    return True
+
+# %% ../../nbs/09_study/08_readers.ipynb #9e8d7e15
 def show_strip(
     results: str | Path,  # folder of results
     runs: dict,  # label -> (run_id, row)
@@ -218,7 +235,8 @@ def show_strip(
     "Show and save a strip of those runs whose pictures are here."
     runs = {label: where for label, where in runs.items() if sheet_of(results, where[0])}
     if not runs:
-        return print(f"{Path(path).stem}: the pictures of these runs are not on this machine")
+        show_published(results, path)
+        return
     shown, names, concepts = strip(results, runs, **how)
     image_grid(shown, rows=names, cols=[short_title(c) for c in concepts], height=0.75)
     save_figure(plt.gcf(), path, "images", limit=50_000)
