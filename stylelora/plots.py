@@ -324,10 +324,20 @@ def shorter_svg(
 
     return _fewer_parts(re.sub(rb">\s+<", b"><", re.sub(rb"<[^>]*>", tag, svg)))
 
-# %% ../nbs/00_tools/02_plots.ipynb #c79563e4
+# %% ../nbs/00_tools/02_plots.ipynb #213e35f2
 COLUMN, LETTERS = 655, 9  # pixels: the text column of the site, and the smallest letters in it
 
+# %% ../nbs/00_tools/02_plots.ipynb #f57eef22
+def _written_out(formatter):
+    "Write 0.2 where a formatter wants a label such as 2 x 10^-1."
 
+    def text(value, position=None):
+        return f"{value:g}" if formatter(value, position) else ""
+
+    text.plain = True
+    return formatter if hasattr(getattr(formatter, "func", None), "plain") else mpl.ticker.FuncFormatter(text)
+
+# %% ../nbs/00_tools/02_plots.ipynb #0530b477
 def legible(
     fig: Figure,  # matplotlib figure
     dpi: float = 96,  # pixels per inch of the file, where it is not shown smaller
@@ -335,22 +345,26 @@ def legible(
     "Raise letters that would be too small to read in the text column."
     for _ in range(2):  # larger letters can make a figure wider
         fig.canvas.draw()
-        need = LETTERS / min(COLUMN / 72 / (fig.get_tightbbox().width + 0.2), dpi / 72)
+        wide = max(fig.get_figwidth(), fig.get_tightbbox().width) + 0.2
+        need = LETTERS / min(COLUMN / 72 / wide, dpi / 72)
         for ax in fig.axes:
             for axis in (ax.xaxis, ax.yaxis):
                 sizes = [t.get_fontsize() for t in axis.get_ticklabels()]
                 axis.set_tick_params(labelsize=max([need, *sizes]))
+                if axis.get_scale() == "log":
+                    axis.set_major_formatter(_written_out(axis.get_major_formatter()))
+                    axis.set_minor_formatter(_written_out(axis.get_minor_formatter()))
         for text in fig.findobj(mpl.text.Text):
             text.set_fontsize(max(need, text.get_fontsize()))
 
-# %% ../nbs/00_tools/02_plots.ipynb #b06d101c
+# %% ../nbs/00_tools/02_plots.ipynb #2f2f6034
 def save_figure(
     fig: Figure,  # matplotlib figure
     path: Path | str,  # file; the suffix is set by kind
     kind: str = "lines",  # 'lines' writes SVG, 'images' writes WebP within the budget
     limit: int = 110_000,  # largest WebP in bytes
 ) -> Path:  # the file written
-    "Save a figure, its letters legible: line drawings as SVG, pictures as a WebP that is small enough to commit."
+    "Save a legible figure: lines as SVG, pictures as a WebP that is small enough to commit."
     if kind not in ("lines", "images"):
         raise ValueError(f"kind={kind!r}; use 'lines' or 'images'")
     path, suffix = Path(path), dict(lines=".svg", images=".webp")[kind]

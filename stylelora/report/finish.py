@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADING', 'BOX', 'PRE', 'FORMULA', 'SOURCES', 'CARD', 'CARD_SIZE', 'HOME', 'BASE', 'label_regions', 'number_figures',
-           'source_link', 'bibtex', 'page_end', 'make_card', 'finish_page', 'finish_site']
+           'source_link', 'bibtex', 'page_end', 'make_card', 'finish_page', 'own_fonts', 'finish_site']
 
 # %% ../../nbs/10_report/05_finish.ipynb #19de04c9
 import re, shutil
@@ -57,7 +57,7 @@ def number_figures(
     old = r"(<figcaption[^>]*>\s*)(?:<b>Figure \d+\.</b> |Figure(?:\s|&nbsp;|\xa0)\d+:?(?:\s|&nbsp;|\xa0))?"
     return re.sub(old, lambda m: f"{m[1]}<b>Figure {next(count)}.</b> ", page)
 
-# %% ../../nbs/10_report/05_finish.ipynb #bf9ac0c5
+# %% ../../nbs/10_report/05_finish.ipynb #34a3f9f4
 SOURCES = "source"  # folder of the site with the sources of its pages
 
 
@@ -67,7 +67,7 @@ def source_link(
     "Say where the site keeps the source of a page."
     return f"{SOURCES}/{name}" + ("" if name.endswith(".ipynb") else ".txt")
 
-
+# %% ../../nbs/10_report/05_finish.ipynb #0546108a
 def bibtex(
     cff: dict,  # what CITATION.cff says
 ) -> str:  # BibTeX entry
@@ -142,7 +142,15 @@ def finish_page(
     main = main.replace("</main>", page_end(name, up, citation) + "</main>")
     return re.sub(r"(<head[^>]*>)", lambda m: m[1] + head, before, count=1) + main + after
 
-# %% ../../nbs/10_report/05_finish.ipynb #8c9b00d7
+# %% ../../nbs/10_report/05_finish.ipynb #dfa20d0e
+def own_fonts(
+    css: str,  # style sheet of a theme
+) -> str:  # the same without imports from other servers
+    "Keep a style sheet from fetching anything."
+    address = r"""(?:url\(\s*(?:"[^"]*"|'[^']*'|[^)]*)\s*\)|"[^"]*"|'[^']*')"""
+    return re.sub(rf"@import\s*{address}[^;]*;", lambda m: "" if "//" in m[0] else m[0], css)
+
+# %% ../../nbs/10_report/05_finish.ipynb #70f85aa7
 def finish_site(
     site: Path,  # what a renderer has made
     source: Path,  # the repository
@@ -159,6 +167,10 @@ def finish_site(
         kept = site / source_link(name)
         kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, kept)
+    for sheet in (site / "site_libs").rglob("*.css"):
+        text = sheet.read_text(encoding="utf-8")
+        if (mine := own_fonts(text)) != text:
+            write_atomic(sheet, mine)
     if (figure := source / str(website.get("image", ""))).is_file():
         make_card(figure, site / CARD)
     if (index := site / "search.json").is_file():

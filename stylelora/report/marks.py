@@ -6,11 +6,11 @@
 __all__ = ['START', 'LINKED', 'WORD', 'PASS', 'FIGURE', 'glossary', 'pattern_of', 'link_terms', 'summary_of', 'fold_sections',
            'captions', 'caption_figures', 'Marks', 'read_marks', 'mark']
 
-# %% ../../nbs/10_report/03_marks.ipynb #f37ccaa5
+# %% ../../nbs/10_report/03_marks.ipynb #008e0c66
 import json, re
 from dataclasses import dataclass, field
 from pathlib import Path
-from .pages import outside_code, split_front
+from .pages import fill, outside_code, split_front
 
 # %% ../../nbs/10_report/03_marks.ipynb #276ca44b
 START = "nbs/00_start_here.ipynb"  # the page that has the glossary
@@ -97,7 +97,7 @@ def fold_sections(
         heads.append(part)
     return "".join(heads)
 
-# %% ../../nbs/10_report/03_marks.ipynb #6a91ee89
+# %% ../../nbs/10_report/03_marks.ipynb #cddc064f
 FIGURE = re.compile(
     r"^!\[(?P<cap>[^\n]+)\]\([\w./]*figures/(?P<file>[\w.-]+)\)(?P<alt>\{fig-alt=\"[^\"]*\"\})?$", re.M
 )
@@ -105,10 +105,11 @@ FIGURE = re.compile(
 
 def captions(
     pages: list,  # files of the report
+    results: Path,  # folder of the results, for captions with numbers
 ) -> dict:  # name of a figure's file -> caption and alternative text as Markdown
     "Collect what the report says about its figures."
     found = (m for p in pages for m in FIGURE.finditer(Path(p).read_text(encoding="utf-8")))
-    return {m["file"]: (m["cap"], m["alt"] or "") for m in found if "{{" not in m["cap"]}
+    return {m["file"]: (fill(m["cap"], results), m["alt"] or "") for m in found}
 
 
 def caption_figures(
@@ -131,7 +132,7 @@ class Marks:
     words: dict = field(default_factory=dict)  # from `glossary`
     figures: dict = field(default_factory=dict)  # from `captions`
 
-# %% ../../nbs/10_report/03_marks.ipynb #06cd863b
+# %% ../../nbs/10_report/03_marks.ipynb #e3f04cba
 def read_marks(
     source: Path,  # the repository
 ) -> Marks:
@@ -140,7 +141,8 @@ def read_marks(
     if start.is_file():
         cells = json.loads(start.read_text(encoding="utf-8"))["cells"]
         words = glossary("\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown"))
-    return Marks(words, captions(sorted((source / "reports").glob("*.qmd"))))
+    reports = source / "reports"
+    return Marks(words, captions(sorted(reports.glob("*.qmd")), reports / "results"))
 
 
 def mark(
