@@ -6,11 +6,11 @@
 __all__ = ['HEADING', 'BOX', 'PRE', 'FORMULA', 'SOURCES', 'CARD', 'CARD_SIZE', 'HOME', 'BASE', 'label_regions', 'number_figures',
            'source_link', 'bibtex', 'page_end', 'make_card', 'finish_page', 'own_fonts', 'finish_site']
 
-# %% ../../nbs/10_report/05_finish.ipynb #19de04c9
+# %% ../../nbs/10_report/05_finish.ipynb #c2704eb0
 import re, shutil
 from html import escape, unescape
 from pathlib import Path
-from PIL import Image, ImageOps
+from PIL import ImageOps
 import yaml
 from ..core import write_atomic
 from ..pictures import open_image
