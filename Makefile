@@ -82,13 +82,15 @@ test-python: $(READY)
 	@$(STEP) "test: pytest (package, style, parity, smoke study, the site in a browser)" \
 	  "$(BIN)/python" -m pytest -q -rs -n $(TESTS) --dist loadfile tests --ignore=tests/test_sync.py
 
-# Chromium for the test of the site: Debian's, where this user may install it. Elsewhere that test skips and says so.
+# Chromium and pandoc for the tests of the site: Debian's, where this user may install them. Elsewhere the tests that need
+# them skip and say so.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null 2>&1 || { \
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null 2>&1 && \
+	  command -v pandoc >/dev/null 2>&1 || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
-	    $(STEP) "install Chromium for the test of the site (once)" bash tools/browser.sh || \
-	      echo "Chromium could not be installed: the browser test will skip"; \
-	  else echo "no Chromium here and no right to install it: the browser test will skip"; fi; }
+	    $(STEP) "install Chromium and pandoc for the tests of the site (once)" bash tools/browser.sh || \
+	      echo "Chromium and pandoc could not be installed: the tests that need them will skip"; \
+	  else echo "no Chromium or no pandoc here, and no right to install them: the tests that need them will skip"; fi; }
 
 # ---- working on it ---------------------------------------------------------------------------------------------
 

@@ -28,3 +28,14 @@ def test_stored_readers_link_the_figures_that_they_save():
                 assert "image/png" not in kinds, f"{page.name}: {''.join(c['source'])[-200:]}"
                 linked += "![Figure" in json.dumps(c["outputs"])
     assert linked > 20
+
+
+def test_letters_of_stored_figures_are_nine_pixels_in_the_text_column():
+    "A figure is shown at 655 pixels, or at its own size where that is smaller; a tenth is lost in rounding."
+    seen = {}
+    for figure in sorted((root() / "reports" / "figures").glob("*.svg")):
+        text = figure.read_text()
+        shown = min(655 / float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1]), 4 / 3)
+        seen[figure.name] = shown * min(map(float, re.findall(r"font-size: ?([\d.]+)px", text)))
+    assert len(seen) > 20
+    assert {name: round(size, 1) for name, size in seen.items() if size < 8.9} == {}
