@@ -106,7 +106,7 @@ def _sealed(raw):
     blank = raw[:start] + BLANK + raw[end:]
     return raw[:start] + f"sha256:{sha256_bytes(blank)}".encode() + raw[end:]
 
-# %% ../../nbs/09_study/04_results.ipynb #9c1d3ff8
+# %% ../../nbs/09_study/04_results.ipynb #c52e555d
 def write_table(
     frame: pd.DataFrame,  # the table
     path: str | Path,  # parquet file
@@ -118,7 +118,8 @@ def write_table(
     frame = frame.assign(**{c: short_floats(frame[c], bits) for c in packed})
     table = pa.Table.from_pandas(frame, preserve_index=False)
     table = table.replace_schema_metadata({**table.schema.metadata, "stylelora": BLANK})
-    how = dict(compression="zstd", compression_level=19, write_page_checksum=True)
+    how = dict(compression="brotli", compression_level=11, write_statistics=False)
+    how["write_page_checksum"] = True
     how["use_dictionary"] = [c for c in frame if c not in packed]
     how["column_encoding"] = {c: "BYTE_STREAM_SPLIT" for c in packed} or None
     pq.write_table(table, buffer := io.BytesIO(), **how)

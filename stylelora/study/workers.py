@@ -253,7 +253,20 @@ def _execute_cells(notebook, parameters):
         if "parameters" in cell["metadata"].get("tags", ()):
             space |= parameters
 
-# %% ../../nbs/09_study/03_workers.ipynb #205e9719
+# %% ../../nbs/09_study/03_workers.ipynb #75e34d52
+@contextmanager
+def _figures_closed():
+    "Close the figures that are made in this block; a kernel would show them."
+    from matplotlib import pyplot as plt
+
+    before = plt.get_fignums()
+    try:
+        yield
+    finally:
+        for number in set(plt.get_fignums()).difference(before):
+            plt.close(number)
+
+# %% ../../nbs/09_study/03_workers.ipynb #5dcf973a
 def call_of(
     run: Run,  # a training
     work: str | Path,  # its partial folder
@@ -269,6 +282,7 @@ def call_of(
         for name, instead in quiet.items():
             stack.enter_context(mock.patch(name, instead))
         stack.enter_context(redirect_stdout(io.StringIO()))
+        stack.enter_context(_figures_closed())
         try:
             _execute_cells(root() / run.notebook, run.parameters | dict(run_folder=str(work)))
         except _Called as call:
