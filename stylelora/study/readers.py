@@ -6,15 +6,14 @@
 __all__ = ['runs_of', 'Experiment', 'open_folders', 'open_experiment', 'first_measured', 'with_parameters', 'sweep', 'draw_sweep',
            'sheet_of', 'tiles', 'strip', 'short_title', 'show_published', 'show_strip']
 
-# %% ../../nbs/09_study/08_readers.ipynb #a8a25f69
-import io, json, textwrap
+# %% ../../nbs/09_study/08_readers.ipynb #b0f3f373
+import json, textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import Image as Shown, display
 from ..core import read_json, root, write_atomic
 from ..pictures import open_image
 from ..plots import axes, colour, image_grid, plain, save_figure, setup_style
@@ -209,7 +208,7 @@ def short_title(
     "Make a title for a narrow column."
     return "\n".join(textwrap.wrap(name, n, break_long_words=False, max_lines=2, placeholder="…"))
 
-# %% ../../nbs/09_study/08_readers.ipynb #a1107601
+# %% ../../nbs/09_study/08_readers.ipynb #694d968f
 def show_published(
     results: str | Path,  # folder of results; figures lie beside it
     path: str | Path,  # file that the figure would have been saved in
@@ -221,8 +220,11 @@ def show_published(
         print(f"{target.stem}: the pictures of these runs are not on this machine")
         return False
     write_atomic(target, stored.read_bytes())
-    open_image(stored)[0].save(png := io.BytesIO(), "PNG")
-    display(Shown(png.getvalue()))
+    picture = np.asarray(open_image(stored)[0])
+    fig = plt.figure(figsize=(picture.shape[1] / 100, picture.shape[0] / 100), dpi=100, layout="none")
+    fig.add_axes((0, 0, 1, 1)).imshow(picture, interpolation="none")
+    fig.axes[0].axis("off")
+    plt.show()
     return True
 
 # %% ../../nbs/09_study/08_readers.ipynb #9e8d7e15
