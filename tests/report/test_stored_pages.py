@@ -12,9 +12,13 @@ def cells(notebook):
 
 def test_the_guide_has_the_columns_that_its_page_shows():
     page = (root() / "reports" / "guide.qmd").read_text()
-    asked = {k for t in re.findall(r"{{table guide\.json (.*?)}}", page) for k in re.findall(r"(\w+)=", t)}
+    asked = {
+        k
+        for t in re.findall(r"{{table guide\.json (.*?)}}", page)
+        for k in re.findall(r"(?:^| )(\w+)(?::[^= ]*)?=", t)
+    }
     code = "\n".join("".join(c["source"]) for c in cells(root() / "nbs/experiments/read/summary.ipynb"))
-    written = set(re.findall(r"(\w+)=", code))
+    written = {*re.findall(r"(\w+)=", code), *re.findall(r'\["(\w+)"\] =', code)}
     assert len(asked) > 5 and asked <= written, asked - written
 
 
