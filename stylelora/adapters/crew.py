@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CrewLayer', 'CrewLinear', 'CrewConv2d', 'crew_layer', 'take_out', 'seat', 'unseat', 'alone']
 
-# %% ../../nbs/02_adapters/12_crew.ipynb #d222e821
+# %% ../../nbs/02_adapters/12_crew.ipynb #4727cba6
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .lora import LoRAConv2d, LoRALayer, LoRALinear, lora_layers, remove
+from .lora import LoRAConv2d, LoRALayer, LoRALinear, _put, lora_layers, remove
 
 # %% ../../nbs/02_adapters/12_crew.ipynb #17b10704
 def _shared(rows, depth):
@@ -100,7 +100,7 @@ def crew_layer(
         raise ValueError("a member of a crew is merged or has lora_dropout; train it alone")
     return made(members)
 
-# %% ../../nbs/02_adapters/12_crew.ipynb #f5c3a295
+# %% ../../nbs/02_adapters/12_crew.ipynb #f9a9f95f
 def take_out(
     model: nn.Module,  # network with an adapter
 ) -> dict[str, LoRALayer]:  # layer name -> adapter layer
@@ -110,12 +110,11 @@ def take_out(
     return layers
 
 
-def _put(model, layers):
+def _put_all(model, layers):
     for name, layer in layers.items():
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer)
+        _put(model, name, layer)
 
-# %% ../../nbs/02_adapters/12_crew.ipynb #1d31489e
+# %% ../../nbs/02_adapters/12_crew.ipynb #121f0ab2
 def seat(
     model: nn.Module,  # bare network
     members: list[dict[str, LoRALayer]],  # of each member, layer name -> adapter layer, as from `take_out`
@@ -131,18 +130,18 @@ def seat(
     layers = {}
     for name in members[0]:
         layers[name] = crew_layer([m[name] for m in members])
-    _put(model, layers)
+    _put_all(model, layers)
     return layers
 
-# %% ../../nbs/02_adapters/12_crew.ipynb #62453599
+# %% ../../nbs/02_adapters/12_crew.ipynb #b8d84bee
 def unseat(
     model: nn.Module,  # network with a crew, as from `seat`
     layers: dict[str, CrewLayer],  # what `seat` returned
 ):
     "Take a crew out; the original layers come back."
-    _put(model, {n: layer.base for n, layer in layers.items()})
+    _put_all(model, {n: layer.base for n, layer in layers.items()})
 
-# %% ../../nbs/02_adapters/12_crew.ipynb #3aeab0d3
+# %% ../../nbs/02_adapters/12_crew.ipynb #88d896cb
 @contextmanager
 def alone(
     model: nn.Module,  # network with a crew
@@ -150,9 +149,9 @@ def alone(
     k: int,  # number of the member
 ) -> Iterator[nn.Module]:  # the network with one adapter
     "Give the network to one member of a crew inside a `with` block."
-    _put(model, {n: layer.members[k] for n, layer in layers.items()})
+    _put_all(model, {n: layer.members[k] for n, layer in layers.items()})
     try:
         yield model
     finally:
         remove(model)
-        _put(model, layers)
+        _put_all(model, layers)
