@@ -23,30 +23,29 @@ from typer import Argument, Option
 from .sample import Model, load_model
 from .options import names_in, number
 
-# %% ../../nbs/11_apps/04_train.ipynb #3f2b5d8a
+# %% ../../nbs/11_apps/04_train.ipynb #fcada8cf
 def from_file(
     ctx: typer.Context,  # of the command; its defaults are changed
     file: Path,  # YAML, or None
 ) -> Path:  # the same
     "Take defaults of a command from a file."
-    import yaml
+    from stylelora.study.params import load_yaml
 
-    if file is None:
-        return None
     try:
-        given = yaml.safe_load(file.expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
-        raise typer.BadParameter(f"{file}: {str(e).splitlines()[0]}") from None
-    if not isinstance(given, dict):
+        written = {} if file is None else load_yaml(file)
+    except (OSError, ValueError) as e:
+        raise typer.BadParameter(str(e)) from None
+    if not isinstance(written, dict):
         raise typer.BadParameter(f"{file} holds no options; write lines such as lr: 0.0005")
-    given = {str(k).replace("-", "_"): v for k, v in given.items()}
+    given = {str(k).replace("-", "_"): v for k, v in written.items()}
+    if len(given) < len(written):
+        raise typer.BadParameter(f"{file}: an option stands there twice")
     known = {p.name: p for p in ctx.command.params if p.name != "config"}
     for name in set(given) - set(known):
         close = difflib.get_close_matches(name, known, 1)
         cure = f"; did you mean {close[0]}?" if close else ""
         raise typer.BadParameter(f"{file}: there is no option {name}{cure}")
-    several = [n for n, v in given.items() if isinstance(v, str) and getattr(known[n], "multiple", False)]
-    given |= {name: [given[name]] for name in several}  # of what may be repeated, one alone
+    given |= {n: [v] for n, v in given.items() if isinstance(v, str) and getattr(known[n], "multiple", False)}
     ctx.default_map = (ctx.default_map or {}) | given
     return file
 
@@ -127,12 +126,13 @@ class Noise:
         bool, Option("--timestep-remapping", help="Tell the base its own timestep of equal noise.")
     ] = False
 
-# %% ../../nbs/11_apps/04_train.ipynb #c8a25e40
+# %% ../../nbs/11_apps/04_train.ipynb #e1f007fb
 def given_of(
     o: Optimisation,  # options of `train`
 ) -> dict:  # parameters of a training that were given, checked
     "Collect the training parameters that were given."
     import yaml
+    from stylelora.study.params import Loader
     from stylelora.train.step import make_config
 
     given = {k: v for k, v in vars(o).items() if k not in ("set", "init") and v is not None}
@@ -141,8 +141,8 @@ def given_of(
         if not equals:
             raise ValueError(f"--set {word}: write it as name=value")
         try:
-            given[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            given[name] = yaml.load(value, Loader)
+        except (yaml.YAMLError, ValueError):
             raise ValueError(f"--set {word}: {value!r} is no value of YAML") from None
     make_config(**given)
     return given

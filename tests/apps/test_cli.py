@@ -162,6 +162,7 @@ def test_every_setting_reaches_the_drawing(tmp_path, pictures):
         "3",
         "--sampler",
         "ddim",
+        "--force",
         "--out",
         str(tmp_path / "g.png"),
     ]
@@ -248,6 +249,7 @@ def test_train_and_sample(capsys, tmp_path, pictures):
         "3",
         "--num-inference-steps",
         "2",
+        "--force",
         "--out",
         str(grid),
     ]

@@ -84,7 +84,7 @@ def adapter(tmp_path_factory):
 
 def test_prompts_are_held_against_base_and_adapter(adapter, capsys, tmp_path):
     def said(prompt, *more):
-        return warned(capsys, "sample", prompt, *ONE, "--out", tmp_path / "g.png", *more)
+        return warned(capsys, "sample", prompt, *ONE, "--force", "--out", tmp_path / "g.png", *more)
 
     assert said("<s1> emoji of fox", "--lora", adapter) == said("noto emoji of fox") == []
     assert "not of the form '<style> emoji of <thing>'" in said("a red apple")[0]

@@ -318,6 +318,7 @@ def test_every_layout_draws_the_same(capsys, tmp_path, adapter):
             2,
             "--n",
             1,
+            "--force",
             "--out",
             tmp_path / "g.png",
         )
