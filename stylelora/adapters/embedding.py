@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ENCODERS', 'KEYS', 'LAYOUTS', 'tokens_of', 'expand', 'WordTokenizer', 'WordEmbedding', 'first_vectors', 'check_word',
            'rows_of', 'worn_words', 'remove_words', 'add_words', 'word_target', 'save_embedding', 'is_embedding',
-           'EmbeddingFile', 'read_embedding', 'read_words', 'read_beside', 'load_embedding', 'describe_embedding']
+           'EmbeddingFile', 'read_embedding', 'read_words', 'read_beside', 'load_embedding', 'words_digest',
+           'describe_embedding']
 
-# %% ../../nbs/02_adapters/13_embedding.ipynb #870a89f3
+# %% ../../nbs/02_adapters/13_embedding.ipynb #226caf32
 import copy, json, re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from .keys import EMBEDDING, TEXT, networks_of
 from .layouts import call_texts
 from .lora import _put
 from ..core import check_finite, hash_files, human_bytes, pick_dtype, write_atomic
-from ..sealed import pack
+from ..sealed import digest, pack
 
 # %% ../../nbs/02_adapters/13_embedding.ipynb #cf0331fb
 def tokens_of(
@@ -340,7 +341,7 @@ def read_beside(
         return read_for(owner, path)  # which names them
     return found
 
-# %% ../../nbs/02_adapters/13_embedding.ipynb #84321df7
+# %% ../../nbs/02_adapters/13_embedding.ipynb #6cca9814
 def load_embedding(
     owner: object,  # base or pipeline
     path: str | Path,  # .safetensors file, or its folder
@@ -353,6 +354,14 @@ def load_embedding(
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     return found
+
+
+def words_digest(
+    owner: object,  # base or pipeline
+) -> str:  # a space and 64 hexadecimal digits, '' if there are none
+    "Fingerprint the words that are in a model."
+    words = {f"{w} {c}": v for w, vectors in worn_words(owner).items() for c, v in vectors.items()}
+    return f" {digest(words)}" if words else ""
 
 # %% ../../nbs/02_adapters/13_embedding.ipynb #0a2f95da
 def describe_embedding(
