@@ -8,14 +8,14 @@ __all__ = ['ENCODERS', 'KEYS', 'LAYOUTS', 'tokens_of', 'expand', 'WordTokenizer'
            'EmbeddingFile', 'read_embedding', 'read_words', 'read_beside', 'load_embedding', 'words_digest',
            'describe_embedding']
 
-# %% ../../nbs/02_adapters/13_embedding.ipynb #226caf32
+# %% ../../nbs/02_adapters/13_embedding.ipynb #ef491053
 import copy, json, re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from stylelora.adapters.files import (
@@ -198,7 +198,7 @@ def remove_words(
         setattr(owner, ENCODERS[c], tokenizer)
     return words
 
-# %% ../../nbs/02_adapters/13_embedding.ipynb #820ae354
+# %% ../../nbs/02_adapters/13_embedding.ipynb #fdfa9885
 def add_words(
     owner: object,  # base or pipeline: its tokenizers and text encoders are changed
     words: dict[str, dict],  # word -> text encoder -> vectors (n,d)
@@ -209,8 +209,11 @@ def add_words(
     if not words:
         return 0
     words = worn_words(owner) | words
-    remove_words(owner)
     counts = {word: len(next(iter(vectors.values()))) for word, vectors in words.items()}
+    names = [t.lower() for word, n in counts.items() for t in tokens_of(word, n)]
+    if twice := [t for t in names if names.count(t) > 1]:
+        raise ValueError(f"two of the words {', '.join(counts)} have the token {twice[0]!r}; rename one")
+    remove_words(owner)
     for c, net, plain in _encoders(owner):
         tokenizer, table = WordTokenizer(plain, counts), net.get_input_embeddings()
         name = next(n for n, m in net.named_modules() if m is table)
@@ -256,15 +259,18 @@ def save_embedding(
     texts = call_texts(manifest) | dict(format="pt", stylelora_manifest=story)
     return write_atomic(path, pack(tensors, texts), force)
 
-# %% ../../nbs/02_adapters/13_embedding.ipynb #2cabcb8b
+# %% ../../nbs/02_adapters/13_embedding.ipynb #1b3b92b6
 def is_embedding(
     path: str | Path,  # .safetensors file, or its folder
 ) -> bool:  # False for an adapter of layers
     "Tell an embedding from an adapter, by its keys."
     if len(files := files_of(path)) > 1:
         return False
-    with safe_open(find_file(files[0]), "pt") as f:
-        keys = list(f.keys())
+    try:
+        with safe_open(files[0], "pt") as f:
+            keys = list(f.keys())
+    except SafetensorError:
+        return False  # whoever reads it says why
     return bool(keys) and (len(keys) == 1 or set(keys) <= set(KEYS))
 
 
@@ -282,7 +288,7 @@ def _vectors(tensors, file):  # key of KEYS -> vectors (n,d) or (d,)
         found[KEYS[k]] = v.float().reshape(-1, v.shape[-1])
     return found
 
-# %% ../../nbs/02_adapters/13_embedding.ipynb #6ad3fe4b
+# %% ../../nbs/02_adapters/13_embedding.ipynb #c0ca1751
 @dataclass
 class EmbeddingFile:
     "Hold what a file with an embedding says."
@@ -307,7 +313,7 @@ def read_embedding(
     if not set(tensors) <= set(KEYS):
         name, layout = layout, "diffusers"
         tensors = {"emb_params": tensors[name]}
-    return EmbeddingFile(word or said.get("word") or name, _vectors(tensors, file), layout, said)
+    return EmbeddingFile(word or str(said.get("word") or name), _vectors(tensors, file), layout, said)
 
 # %% ../../nbs/02_adapters/13_embedding.ipynb #2b6614c3
 def read_words(
