@@ -286,9 +286,10 @@ def why_not(
     split = split_word(rest)
     return f"no base has such a layer in its {network or 'U-Net or text encoder'}" if split else ""
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #5e1746ab
+# %% ../../nbs/02_adapters/05_keys.ipynb #277de122
 _BLOCKS = r"(single|double|joint)_(transformer_)?blocks"
 _NO_UNET = r"^(model\.)?diffusion_model\.(transformer_)?(blocks|layers)\.|^lora_te3_|^text_encoder_3\.|t5xxl"
+_WORD_KEYS = r"emb_params|clip_[lg]|text_encoders_[01]|string_to_param\.\*|\*"
 _FOREIGN = {  # what a file is -> pattern of a key that gives it away
     "OFT": r"oft_",
     "IA3": r"on_input$|\.ia3_",
@@ -298,9 +299,15 @@ _FOREIGN = {  # what a file is -> pattern of a key that gives it away
     "a norm adapter": r"\.[wb]_norm$",
     "a LoRA of an embedding layer": r"lora_embedding_",
     "a LoRA for a transformer": rf"^(lora_)?transformer[._]|{_BLOCKS}|{_NO_UNET}",
+    "an embedding of textual inversion": rf"^({_WORD_KEYS}|<[^<>]+>)$",
+}
+_MERGE = "Its own tool can merge it into its base; stylelora extract then makes a LoRA of that"
+_CURES = {  # what a file is -> what to do with it, if not that
+    "an embedding of textual inversion": "which changes no weight, so there is nothing to merge, cut or "
+    "convert; stylelora inspect shows it, and stylelora sample --lora FILE draws with its word",
 }
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #c66b77c8
+# %% ../../nbs/02_adapters/05_keys.ipynb #123333a5
 def refuse_foreign(
     keys: list[str],  # keys of a file
     file: str = "",  # name for messages
@@ -311,10 +318,10 @@ def refuse_foreign(
         hits = [k for k in keys if re.search(pattern, k)]
         if hits and kind not in known:
             shown = f"{len(hits)} of {len(keys)} keys, such as {hits[0]!r}"
-            cure = "Its own tool can merge it into its base; stylelora extract then makes a LoRA of that"
-            raise ValueError(f"{file}: this is {kind} ({shown}), which cannot be read. {cure}")
+            cure = _CURES.get(kind, f"which cannot be read. {_MERGE}")
+            raise ValueError(f"{file}: this is {kind} ({shown}), {cure}")
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #774159af
+# %% ../../nbs/02_adapters/05_keys.ipynb #43366745
 def refuse_unread(
     unread: list[str],  # keys that were not understood, at least one
     count: int,  # number of all keys
@@ -325,8 +332,8 @@ def refuse_unread(
     if len(words) == len(unread):
         named = ", ".join(map(repr, dict.fromkeys(words)))
         raise ValueError(
-            f"{file}: beside the adapter it holds the embedding of {named} ({unread[0]}), which is not used "
-            "here; convert or sample with --skip-unknown (strict=False) goes on without it, and "
+            f"{file}: beside the adapter it holds the embedding of {named} ({unread[0]}), which is no layer: "
+            "sample draws with both; convert --skip-unknown (strict=False) goes on without it, and "
             f"{named} is an ordinary word then"
         )
     told = [f"{k!r} ({why})" if (why := why_not(k)) else repr(k) for k in unread[:4]]

@@ -185,7 +185,7 @@ def _told_of(fit, rank, kept):  # Fit, its rank and share of the energy
     lost = f"error {fit.error:.2%} of all that changed in the model"
     return f"{len(fit.state)} layers ({parts}) of rank {rank} {kept}; {lost}"
 
-# %% ../../nbs/11_apps/01_files.ipynb #35e591b0
+# %% ../../nbs/11_apps/01_files.ipynb #eb8c519f
 def run_inspect(
     adapter: Annotated[list[Path], Argument(help="Files of adapters, or their folders, in any layout.")],
     base: Annotated[str, Option(help=BASE)] = None,
@@ -193,10 +193,14 @@ def run_inspect(
     """Say what is in an adapter file.
 
     Format, layers, ranks, the size of the update per block of the U-Net,
-    and what the file says about its making. Nothing is changed."""
+    or word and vectors of an embedding, and what the file says about its
+    making. Nothing is changed."""
+    from stylelora.adapters.embedding import describe_embedding, is_embedding
     from stylelora.adapters.inspect import describe_file
 
-    like = base_of(base)
-    print("\n\n".join(describe_file(file, like) for file in adapter))
-    if base:
+    like, pages, words = base_of(base), [], [is_embedding(file) for file in adapter]
+    for file, is_word in zip(adapter, words):
+        pages.append(describe_embedding(file) if is_word else describe_file(file, like))
+    print("\n\n".join(pages))
+    if base and not all(words):
         print(f"\nevery layer fits the base {base}")

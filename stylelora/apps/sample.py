@@ -19,7 +19,7 @@ from typer import Argument, Option
 
 from .options import finite, names_in, number, share
 
-# %% ../../nbs/11_apps/03_sample.ipynb #4a7b437b
+# %% ../../nbs/11_apps/03_sample.ipynb #6a14bb7a
 SAMPLER_NAMES = names_in("sample.samplers", "SAMPLERS")
 
 
@@ -37,7 +37,9 @@ class Model:
 class Adapter:
     "Adapter."
 
-    lora: Annotated[list[str], Option(metavar="FILE[:WEIGHT]", help="Adapter; may be repeated.")] = ()
+    lora: Annotated[
+        list[str], Option(metavar="FILE[:WEIGHT]", help="Adapter or embedding; may be repeated.")
+    ] = ()
     lora_scale: Annotated[float, number(help="Strength of all adapters; 0 is the bare base.")] = 1.0
     skip_unknown: Annotated[bool, Option("--skip-unknown", help="Leave out unknown keys of adapters.")] = (
         False
@@ -185,7 +187,7 @@ def check_notation(
         if found := re.search(r"\([^()]+:\s*[\d.]+\)", prompt):
             print(f"note: {found[0]} has no meaning here, it is read as plain words", file=sys.stderr)
 
-# %% ../../nbs/11_apps/03_sample.ipynb #3519f073
+# %% ../../nbs/11_apps/03_sample.ipynb #95797b43
 def warn_of_words(
     base: object,  # Base
     prompts: list,  # texts
@@ -193,14 +195,18 @@ def warn_of_words(
     worn: list = (),  # (file or folder, weight) of each adapter
 ):
     "Print what in the prompts will not be understood, or is not how an adapter is called."
-    from stylelora.adapters.files import read_for
+    from stylelora.adapters.embedding import worn_words
+    from stylelora.adapters.files import manifest_of
     from stylelora.data.prompts import check_prompts
 
-    call = read_for(base, worn[0][0], False).manifest.get("call") if worn else None
+    call = manifest_of(worn[0][0]).get("call") if worn else None
     for text in check_prompts(base, prompts, [negative], call):
         print(f"warning: {text}")
+    for word in () if call else worn_words(base):
+        if not any(word.lower() in text.lower() for text in (*prompts, negative)):
+            print(f"warning: no prompt has {word!r}, the word of an embedding")
 
-# %% ../../nbs/11_apps/03_sample.ipynb #65540361
+# %% ../../nbs/11_apps/03_sample.ipynb #b0ce3883
 def run_sample(
     prompt: Annotated[list[str], Argument(help="What to draw; several prompts make several rows.")],
     pictures: Pictures,  # how many, how large, and where they go
@@ -223,8 +229,8 @@ def run_sample(
     worn = [(find_adapter(name), weight) for name, weight in map(split_weight, adapter.lora)]
     base = load_model(model)
     settings = settings_of(how, start, pictures, base)
-    warn_of_words(base, prompt, settings.negative_prompt, worn)
     wear(base, worn, adapter.lora_scale, not adapter.skip_unknown)
+    warn_of_words(base, prompt, settings.negative_prompt, worn)
     _draw(base, prompt, pictures, settings, image, [(file, w * adapter.lora_scale) for file, w in worn])
 
 # %% ../../nbs/11_apps/03_sample.ipynb #2cce3502
@@ -236,7 +242,7 @@ def load_model(
 
     return load_base(model.base, model.device, model.base_dtype, vae=model.vae)
 
-# %% ../../nbs/11_apps/03_sample.ipynb #7df5cf8c
+# %% ../../nbs/11_apps/03_sample.ipynb #98ff6674
 def wear(
     base: object,  # Base
     worn: list,  # (file or folder, weight) of each adapter
@@ -244,14 +250,23 @@ def wear(
     strict: bool = True,  # False: leave out keys that are not understood
 ):
     "Put adapters into a model."
-    from stylelora.adapters.files import load_adapter, load_components, read_for
+    from stylelora.adapters.embedding import add_words, is_embedding, read_beside, read_words
+    from stylelora.adapters.files import load_components
     from stylelora.adapters.merge import blend
 
-    if len(worn) == 1:
-        load_adapter(base, worn[0][0], worn[0][1] * strength, strict)
-    elif worn:
-        states = [read_for(base, path, strict).state for path, _ in worn]
-        load_components(base, blend(states, [weight for _, weight in worn]), strength)
+    words, states, weights = {}, [], []
+    for path, weight in worn:
+        words |= read_words(path)
+        if not is_embedding(path):
+            states.append(read_beside(base, path, strict).state)
+            weights.append(weight)
+        elif weight != 1:
+            raise ValueError(f"{path}:{weight:g}: an embedding has no weight; write its file alone")
+    add_words(base, words)
+    if len(states) == 1:
+        load_components(base, states[0], weights[0] * strength)
+    elif states:
+        load_components(base, blend(states, weights), strength)
 
 # %% ../../nbs/11_apps/03_sample.ipynb #8d41b7be
 def check_page(

@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'UNREAD', 'UNREAD_TABLE', 'NO_CAPTION', 'SIDES', 'square', 
            'check_files', 'count_cut', 'check_texts', 'Pictures', 'read_folder', 'problem_table', 'add_problems',
            'load_images', 'data_hash', 'hold_out', 'mirror_images', 'cached', 'content_name', 'LatentCache']
 
-# %% ../../nbs/04_data/01_folder.ipynb #107f9ac2
+# %% ../../nbs/04_data/01_folder.ipynb #91fa4f3d
 import inspect, json, re
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps
+from ..adapters.embedding import words_digest
 from ..models.base import Base, count_tokens, encode_image, encode_text
 from ..core import generator, path_of, sha256_bytes, write_atomic
 from .captions import EXTENSIONS, TABLES, fields_in, fields_of, fill, is_picture
@@ -318,7 +319,7 @@ def content_name(
 
     return sha256_bytes(" ".join(f"{type(x).__name__} {sha256_bytes(bytes_of(x))}" for x in what))
 
-# %% ../../nbs/04_data/01_folder.ipynb #40a4e7b5
+# %% ../../nbs/04_data/01_folder.ipynb #3865694d
 class LatentCache:
     "Compute latents and text embeddings once; keep them in a folder, or in memory only."
 
@@ -341,6 +342,6 @@ class LatentCache:
 
     def contexts(self, captions):  # n texts
         "Return the text embeddings (n,L,d), in the base's number format, on the cpu."
-        head = f"text {self.base.hash} {self.base.text_encoder.dtype}"
+        head = f"text {self.base.hash} {self.base.text_encoder.dtype}{words_digest(self.base)}"
         encode = lambda c: cached(self.folder, f"{head} {c}", lambda: encode_text(self.base, c)[0])
         return torch.stack([encode(c) for c in captions])

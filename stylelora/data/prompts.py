@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORM', 'TAGS', 'style_words', 'misfit', 'shared_words', 'check_captions', 'describe_call', 'check_prompts']
 
-# %% ../../nbs/04_data/06_prompts.ipynb #939a7994
+# %% ../../nbs/04_data/06_prompts.ipynb #e9e95150
 import os
 import re
 from collections import Counter
@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from .captions import fields_in
 from .folder import count_cut
 from .grid import load_grid
+from ..adapters.embedding import worn_words
 from ..models.base import Base
 
-# %% ../../nbs/04_data/06_prompts.ipynb #f729b587
+# %% ../../nbs/04_data/06_prompts.ipynb #36c2749b
 FORM = "<style> emoji of <thing>"
 
 
@@ -28,7 +29,7 @@ def style_words(
     if not reserved:
         return ()
     styles = load_grid().index["styles"].values()
-    return (*(v["word"] for v in styles if v["role"] == "base"), *reserved)
+    return (*(v["word"] for v in styles if v["role"] == "base"), *worn_words(base), *reserved)
 
 
 def misfit(

@@ -210,14 +210,17 @@ def _encode_two(base, prompts, prompts_2):  # the two texts side by side, and a 
     said = [float(any(texts) or not base.zero_empty) for texts in zip(prompts, prompts_2)]
     return torch.cat([words, row], 1) * words.new_tensor(said)[:, None, None]
 
-# %% ../../nbs/03_models/02_base.ipynb #c42acbf0
-@torch.no_grad()
+# %% ../../nbs/03_models/02_base.ipynb #d47ace6a
 def encode_text(
     base: Base,  # the model whose text encoder is used
     prompts: str | list,  # a text, or b texts; '' is the empty prompt of guidance
     prompts_2: str | list | None = None,  # what SDXL's second text encoder reads; None: the same
+    gradients: bool = False,  # remember what training a part of the text encoder needs
 ) -> torch.Tensor:  # embeddings (b,L,d), on the base's device; for SDXL (b,L+1,d), see `predict_unet`
     "Encode prompts as the Stable Diffusion pipeline does."
+    if not gradients:
+        with torch.no_grad():
+            return encode_text(base, prompts, prompts_2, True)
     prompts = _texts(prompts)
     if base.text_encoder_2 is not None:
         other = prompts if prompts_2 is None else _texts(prompts_2, len(prompts))

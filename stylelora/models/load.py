@@ -7,7 +7,7 @@ __all__ = ['UNCHECKED', 'INDEX', 'MARKERS', 'FAMILIES', 'schedule_of', 'read_par
            'built_beside', 'save_base', 'load_hub', 'kind_of_file', 'marked', 'read_checkpoint_file', 'load_file',
            'holes_of', 'load_base', 'outline']
 
-# %% ../../nbs/03_models/04_load.ipynb #f44000d6
+# %% ../../nbs/03_models/04_load.ipynb #f9f9fbe6
 import os, tempfile, torch
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from torch import nn
+from ..adapters.embedding import worn_words
 from ..adapters.keys import networks_of
 from ..core import assets, check_finite, check_place, hash_files, path_of, pick_device
 from ..core import pick_dtype, read_json, taken, writing
@@ -157,7 +158,7 @@ def built_beside(
         else:
             os.replace(new, final)  # fails where something has appeared
 
-# %% ../../nbs/03_models/04_load.ipynb #547ed364
+# %% ../../nbs/03_models/04_load.ipynb #69bd8062
 def save_base(
     base: Base,  # the model
     folder: str | Path,  # target folder, readable by StableDiffusionPipeline.from_pretrained
@@ -168,11 +169,11 @@ def save_base(
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     two, parts = base.text_encoder_2 is not None, {}
+    if words := worn_words(base):
+        raise ValueError(f"{base.name!r} has the words {', '.join(words)}; take them out with remove_words")
     for k, net in dict(networks_of(base), vae=base.vae).items():
         parts[k] = nn.Module.to(deepcopy(net), "cpu", pick_dtype(dtype))
-        check_finite(
-            parts[k].state_dict(), f"{folder}: {k} in {dtype}", "save it in float32; nothing is written"
-        )
+        check_finite(parts[k].state_dict(), f"{folder}: {k} in {dtype}", "save it in float32")
     parts |= dict(tokenizer=base.tokenizer, scheduler=_scheduler(base))
     if two:
         empty = dict(force_zeros_for_empty_prompt=base.zero_empty, add_watermarker=False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_uri', 'loss_curve', 'fill_page', 'as_rows', 'adapter_facts', 'progress_of', 'write_page']
 
-# %% ../../nbs/10_report/04_card.ipynb #a6505e67
+# %% ../../nbs/10_report/04_card.ipynb #f322504d
 "One HTML file beside an adapter: what it was trained on, how it went, what it draws, and how to call it."
 
 import base64
@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..adapters.files import read_adapter
+from ..adapters.embedding import is_embedding, read_embedding
+from ..adapters.files import manifest_of, read_adapter
 from ..core import assets, hash_files, human_bytes, write_atomic
 from ..pictures import open_image
 from ..plots import axes, setup_style
@@ -81,14 +82,18 @@ def as_rows(
         rows.append([_shown(value, digits) for value in row])
     return list(table.columns), rows
 
-# %% ../../nbs/10_report/04_card.ipynb #1bf4edc0
+# %% ../../nbs/10_report/04_card.ipynb #7a9f354f
 def adapter_facts(
     file: str | Path,  # of an adapter
 ) -> pd.DataFrame:  # columns what, value
     "Read what an adapter file says about itself."
-    found, size = read_adapter(file), Path(file).stat().st_size
-    facts = {"file": Path(file).name, "size": human_bytes(size), "sha256": hash_files([file])[:16]}
-    facts |= {"layers": len(found.state)} | found.manifest
+    facts = {"file": Path(file).name, "size": human_bytes(Path(file).stat().st_size)}
+    facts |= {"sha256": hash_files([file])[:16]}
+    if is_embedding(file):
+        facts |= {"vectors": len(next(iter(read_embedding(file).vectors.values())))} | manifest_of(file)
+    else:
+        found = read_adapter(file)
+        facts |= {"layers": len(found.state)} | found.manifest
     rows = [(k, v) for k, v in facts.items() if isinstance(v, (str, int, float)) and v != ""]
     return pd.DataFrame(rows, columns=["what", "value"]).astype(str)
 

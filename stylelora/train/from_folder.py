@@ -118,7 +118,7 @@ def _told(pictures):
     "Say in the header of an adapter what it was trained on, and how it is called."
     return dict(pictures=pictures.hash, call=pictures.call)
 
-# %% ../../nbs/05_train/04_from_folder.ipynb #7f82a9d5
+# %% ../../nbs/05_train/04_from_folder.ipynb #423722f4
 def train_folder(
     base: Base,  # the model; its U-Net carries the adapter afterwards
     folder: str | Path,  # pictures and captions
@@ -133,7 +133,7 @@ def train_folder(
     force: bool = False,  # replace an adapter that is there
     on_pictures: Callable | None = None,  # called with the Pictures before errors are refused
     on_done: Callable = lambda done: None,  # called with the result before the checkpoint goes
-    **more: object,  # init, progress and the functions of `Watch`
+    **more: object,  # init, progress, the functions of `Watch`, and `by`, what trains in place of `train`
 ) -> Trained:  # file, history, pictures and their problems
     "Train an adapter on a folder of pictures; the same call goes on after an interruption."
     file, checkpoints = places_of(out, work, force)
@@ -141,6 +141,6 @@ def train_folder(
     with at_work(file, checkpoints, keep=work is not None):  # an error here costs nothing yet
         data, val, mirrored = encode_pictures(base, pictures, n_val, config.seed, flip)
         more |= dict(folder=checkpoints, out=file, force=force, manifest=_told(pictures), mirrored=mirrored)
-        done = Trained(file, train(base, *data, objective, config, val, **more), pictures)
+        done = Trained(file, more.pop("by", train)(base, *data, objective, config, val, **more), pictures)
         on_done(done)
     return done
