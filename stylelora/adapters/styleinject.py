@@ -18,7 +18,7 @@ from torch import nn
 from .lora import AdapterKind, LoRAConv2d, LoRALayer, LoRALinear, _input, lora_layers
 from .lora import register
 
-# %% ../../nbs/02_adapters/03_styleinject.ipynb #dc464163
+# %% ../../nbs/02_adapters/03_styleinject.ipynb #4eddbae8
 PARTS = dict(  # what a layer has of the method -> its tensors beside down and up matrices
     both=("router", "hyper", "gain"),
     dma=("router",),
@@ -30,7 +30,7 @@ PARTS = dict(  # what a layer has of the method -> its tensors beside down and u
 def check_parts(
     num_experts: int,  # down matrices beside each other n, >= 1
     parts: str,  # 'both', 'dma', 'sta' or 'lora'
-) -> None:
+) -> str:  # the parts; with one expert 'both' is called 'sta'
     "Refuse a number of experts that does not go with the parts of the method."
     if parts not in PARTS:
         raise ValueError(f"parts={parts!r}; use one of {', '.join(PARTS)}")
@@ -38,13 +38,14 @@ def check_parts(
         raise ValueError(f"num_experts={num_experts!r}; use a whole number of at least 1")
     if parts in ("sta", "lora") and num_experts > 1:
         raise ValueError(f"num_experts={num_experts} with parts={parts!r}, which has one; set num_experts: 1")
+    return "sta" if parts == "both" and num_experts == 1 else parts
 
-# %% ../../nbs/02_adapters/03_styleinject.ipynb #39f6c360
+# %% ../../nbs/02_adapters/03_styleinject.ipynb #38be64e2
 def _beside(shape, n):
-    "List the tensors beside down and up matrices, for a weight (d,k,…) and n experts."
+    "List the tensors beside down and up matrices, for a weight (d,k,…) and n experts: router, H and c."
     return dict(router=(n, shape[1]), hyper=(shape[0], n), gain=(shape[0], 1))
 
-# %% ../../nbs/02_adapters/03_styleinject.ipynb #7f3589e7
+# %% ../../nbs/02_adapters/03_styleinject.ipynb #1a65c9e7
 class StyleInjectLayer(LoRALayer):
     "Hold the experts, the shared up matrix, router and hypernetwork beside a frozen layer."
 
@@ -60,9 +61,8 @@ class StyleInjectLayer(LoRALayer):
         num_experts: int = 4,  # down matrices beside each other n, >= 1
         parts: str = "both",  # which parts of the method, see PARTS
     ):
-        check_parts(num_experts, parts)
+        self.parts = check_parts(num_experts, parts)
         self.num_experts = int(num_experts)
-        self.parts = "sta" if parts == "both" and num_experts == 1 else parts
         super().__init__(base, rank, lora_alpha, dropout, generator)
         for w, shape in _beside(base.weight.shape, num_experts).items():
             there = nn.Parameter(torch.zeros(shape, device=base.weight.device)) if w in PARTS[parts] else None
@@ -136,7 +136,7 @@ class StyleInjectConv2d(_Routed):
         factor = F.linear(s, self.hyper, self.gain[:, 0])[..., None, None]
         return (h - h.mean((2, 3), keepdim=True)) * factor
 
-# %% ../../nbs/02_adapters/03_styleinject.ipynb #564daf3d
+# %% ../../nbs/02_adapters/03_styleinject.ipynb #2ad24b9d
 TEXT_FEATURES = r"(to_[kv]|[kv]_proj)$"  # layers that are left to LoRA
 _WHERE = dict(down="lora_A", up="lora_B", router="router", hyper="hyper", gain="gain")  # tensor -> attribute
 
@@ -152,8 +152,7 @@ def _parts_of(s):
     "Say which parts of the method the tensors of a state make, '' if none."
     n, there = len(s["down"]) // s["up"].shape[1], tuple(w for w in _WHERE if w in s)[2:]
     parts = next((p for p, tensors in PARTS.items() if tensors == there), "")
-    parts = "sta" if parts == "both" and n == 1 else parts
-    return "" if n < 1 or (parts == "lora" and n > 1) else parts
+    return "" if n < 1 or not parts or (parts == "lora" and n > 1) else check_parts(n, parts)
 
 # %% ../../nbs/02_adapters/03_styleinject.ipynb #ec7ffba7
 class _Mixed(AdapterKind):
