@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,26 +19,23 @@ from stylelora.adapters.bases import melt
 from stylelora.adapters.crew import crew_layer
 from stylelora.adapters.files import load_adapter, read_adapter, save_adapter, save_lora
 from stylelora.adapters.inspect import describe_file
-from stylelora.adapters.lora import inject, lora_layers, lora_state, merge, remove, set_scale
+from stylelora.adapters.lora import inject, lora_layers, lora_state, merge, set_scale
 from stylelora.adapters.merge import blend, convert_file, merge_files, resize_file
 from stylelora.core import generator
-from stylelora.models.base import tiny_base
+from stylelora.models.base import encode_text, tiny_base
 from stylelora.train.checkpoint import describe
 from stylelora.train.loop import plain_objective, train
 from stylelora.train.step import make_config
 from tests.train.test_faults import ADAPTER, CHECKPOINT, STEPS, run
 
+ROOT = Path(__file__).resolve().parents[2]
 HOW = dict(kind="styleinject", num_experts=3)
 
 
-def shaken(base, target_modules="attention|conv1", seed="shaken", **how):
+def shaken(base):
     "Put an adapter with random numbers into the U-Net of a base."
-    remove(base.unet)
-    target_modules = (
-        [r"attn[12]\.to_[qv]$", r"\.conv1$"] if target_modules == "attention|conv1" else target_modules
-    )
-    inject(base.unet, target_modules, rank=2, lora_alpha=3, **HOW | how)
-    dice = generator(seed)
+    inject(base.unet, [r"attn[12]\.to_[qv]$", r"\.conv1$"], rank=2, lora_alpha=3, **HOW)
+    dice = generator("shaken")
     for m in lora_layers(base.unet).values():
         for p in m.own.values():
             p.data.normal_(std=0.2, generator=dice)
@@ -48,12 +45,9 @@ def shaken(base, target_modules="attention|conv1", seed="shaken", **how):
 def answer(base):
     g = generator("answer")
     text = torch.randn(2, 5, base.unet.config.cross_attention_dim, generator=g)
+    z = torch.randn(2, *base.latent_shape, generator=g)
     with torch.no_grad():
-        return base.unet(
-            torch.randn(2, *base.latent_shape, generator=g),
-            torch.tensor([10, 900]),
-            encoder_hidden_states=text,
-        ).sample
+        return base.unet(z, torch.tensor([10, 900]), encoder_hidden_states=text).sample
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +83,15 @@ def test_the_file_has_words_of_its_own_a_manifest_and_brings_everything_back(bas
 
 def test_another_process_reads_it_without_being_told_what_it_is(base, file):
     code = f"""
-import torch
 from stylelora.adapters.files import load_adapter
 from stylelora.models.base import tiny_base
-from stylelora.core import generator
+from tests.adapters.test_styleinject import answer
 base = tiny_base()
 load_adapter(base, {str(file)!r}, 0.5)
-g = generator("answer")
-text = torch.randn(2, 5, base.unet.config.cross_attention_dim, generator=g)
-z = torch.randn(2, *base.latent_shape, generator=g)
-with torch.no_grad():
-    print(repr(base.unet(z, torch.tensor([10, 900]), encoder_hidden_states=text).sample.double().norm().item()))
+print(answer(base).double().norm().item())
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    call = dict(capture_output=True, text=True, check=True, cwd=ROOT)
+    said = subprocess.run([sys.executable, "-c", code], **call).stdout
     set_scale(base.unet, 0.5)
     assert float(said) == pytest.approx(answer(base).double().norm().item(), rel=1e-6)
     set_scale(base.unet, 1.0)
@@ -207,10 +197,7 @@ def test_a_lora_has_no_place_in_its_layout(tmp_path):
 
 
 def data_of(base):
-    g = generator("pictures")
-    return torch.randn(4, 4, 8, 8, generator=g), torch.randn(
-        4, 7, base.unet.config.cross_attention_dim, generator=g
-    )
+    return torch.randn(4, 4, 8, 8, generator=generator("pictures")), encode_text(base, list("abcd"))
 
 
 @pytest.mark.parametrize("how", [HOW, dict(HOW, parts="dma"), dict(HOW, num_experts=1, parts="sta")], ids=str)
@@ -260,14 +247,3 @@ def test_it_starts_afresh(base, tmp_path):
         train(
             bare, *data_of(bare), config=make_config(target_modules="attention", **HOW), init=lora_state(lora)
         )
-
-
-def test_a_base_on_the_device_meta_can_carry_it():
-    with torch.device("meta"):
-        net = torch.nn.ModuleDict(dict(to_q=torch.nn.Linear(6, 4), to_v=torch.nn.Linear(6, 4)))
-    inject(net, "to_", rank=2, **HOW)
-    sizes = {
-        n: sum(p.numel() for p in m.own.values())
-        for n, m in lora_layers(SimpleNamespace(named_modules=net.named_modules)).items()
-    }
-    assert sizes == dict(to_q=3 * 2 * 6 + 4 * 2 + 3 * 6 + 4 * 3 + 4, to_v=2 * 6 + 4 * 2)
