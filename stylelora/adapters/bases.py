@@ -19,15 +19,13 @@ from .lora import TARGETS, find_targets, kind_of, lora_layers
 from .merge import Fit, differences, extract, layer_weights
 from ..core import compiled
 
-# %% ../../nbs/02_adapters/10_bases.ipynb #e920a26b
+# %% ../../nbs/02_adapters/10_bases.ipynb #f585a987
 def update_of(
     module: nn.Module,  # linear or convolution layer of a base
     s: dict,  # one layer of a state that fits it
 ) -> torch.Tensor:  # update of its weight, of the same shape, float32
     "Form the update that one layer of an adapter makes to a weight."
     kind = kind_of(s)
-    if not kind.mergeable:
-        raise ValueError(f"{kind.title} cannot be merged into a weight")
     layer = kind.wrap(module, **kind.options(s))
     with torch.no_grad():
         kind.load(layer, s)
@@ -37,6 +35,8 @@ def update_of(
 def _shares_of(owner, state, weight):
     "List (network, layer, its state, its weight) for all layers of an adapter that fits."
     fitted, each = check_fit(owner, state), layer_weights(weight, list(state))
+    if odd := [n for n, s in state.items() if not kind_of(s).mergeable]:
+        raise ValueError(f"{odd[0]}: {kind_of(state[odd[0]]).title} cannot be merged into a weight")
     each, rows = split_components(each), []
     for c, layers in fitted.items():
         rows += [(c, n, s, w) for (n, s), w in zip(layers.items(), each[c].values())]

@@ -7,7 +7,7 @@ __all__ = ['FILE', 'LAYOUTS', 'WORDS', 'target_of', 'write_peft', 'save_adapter'
            'files_of', 'AdapterFile', 'read_adapter', 'source_of', 'manifest_of', 'read_lora', 'reshaped', 'same_axes',
            'check_fit', 'load_components', 'read_for', 'load_adapter', 'load_lora']
 
-# %% ../../nbs/02_adapters/07_files.ipynb #91a64621
+# %% ../../nbs/02_adapters/07_files.ipynb #fc125f77
 import json
 import math
 from collections import Counter
@@ -24,12 +24,12 @@ from .keys import sort_tensors, split_components, to_state
 from .layouts import adapter_config, call_texts, check_layout, diffusers_bytes
 from .layouts import fit_numbers, is_sdxl, kohya_bytes, kohya_texts, one_alpha
 from .layouts import to_tensors
-from .lora import check_state, kind_of, load_state, lora_state
+from .lora import ADAPTER_KINDS, check_state, kind_of, load_state, lora_state
 from ..core import check_finite, check_place, hash_files, path_of, pick_dtype, read_json
 from ..core import taken, write_atomic
 from ..sealed import pack
 
-# %% ../../nbs/02_adapters/07_files.ipynb #1685ca88
+# %% ../../nbs/02_adapters/07_files.ipynb #410b2d8a
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 LAYOUTS = ("diffusers", "kohya", "peft")
 
@@ -44,13 +44,13 @@ def target_of(
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         odd = f"{path}: {path.suffix} is the name of a pickle, which can run code when it is read"
         raise ValueError(f"{odd}; let the name end in .safetensors")
-    if layout not in LAYOUTS:
+    if layout not in LAYOUTS and layout not in (kind.layout for kind in ADAPTER_KINDS.values()):
         raise ValueError(f"layout={layout!r}; use one of {', '.join(LAYOUTS)}")
     if layout == "peft" and is_file:
         raise ValueError(f"{path}: PEFT keeps an adapter in a folder; give a name without .safetensors")
     if layout == "kohya" and not is_file:
         raise ValueError(f"{path}: a kohya adapter is one file; let its name end in .safetensors")
-    path = path / FILE if layout == "diffusers" and not is_file else path
+    path = path / FILE if layout not in ("kohya", "peft") and not is_file else path
     if not force and (any(path.rglob("adapter_*")) if path.is_dir() else path.exists()):
         raise taken(path)
     check_place(path / "adapter_config.json" if layout == "peft" else path)
@@ -99,7 +99,7 @@ def _kohya_file(state, texts, dtype, sdxl, like):
         sdxl = is_sdxl(state) if like is None else TEXT[1] in networks_of(like)
     return kohya_bytes(state, texts, dtype, sdxl, layers_of(like))
 
-# %% ../../nbs/02_adapters/07_files.ipynb #1765119e
+# %% ../../nbs/02_adapters/07_files.ipynb #4fdc32f3
 def save_adapter(
     state: dict[str, dict],  # layer name -> {'A','B','alpha'}, text encoders with the component in front
     path: str | Path,  # file, or the folder for 'peft'
@@ -121,12 +121,12 @@ def save_adapter(
     state = fit_numbers(one_alpha(state, dtype) if layout == "kohya" else state, dtype, path)
     if layout == "peft":
         return write_peft(state, path, texts, dtype, force)
-    if layout == "diffusers":
-        return write_atomic(path, diffusers_bytes(split_components(state), texts, dtype), force)
-    texts = kohya_texts(state, manifest, path.stem) | texts
-    return write_atomic(path, _kohya_file(state, texts, dtype, sdxl, like), force)
+    if layout == "kohya":
+        texts = kohya_texts(state, manifest, path.stem) | texts
+        return write_atomic(path, _kohya_file(state, texts, dtype, sdxl, like), force)
+    return write_atomic(path, diffusers_bytes(split_components(state), texts, dtype, layout), force)
 
-# %% ../../nbs/02_adapters/07_files.ipynb #3f191e84
+# %% ../../nbs/02_adapters/07_files.ipynb #9a179d93
 def save_lora(
     model: nn.Module,  # network with adapters
     path: str | Path,  # file ending in .safetensors, or a folder
@@ -137,7 +137,8 @@ def save_lora(
     "Write the adapters of a network to a safetensors file, atomically."
     if not (state := lora_state(model)):
         raise ValueError(f"{path}: the model carries no adapters; call inject(model) first")
-    return save_adapter(state, path, manifest=manifest, dtype=dtype, force=force)
+    own = [kind_of(s).layout for s in state.values() if kind_of(s).layout]
+    return save_adapter(state, path, (own or ["diffusers"])[0], manifest, dtype, force=force)
 
 # %% ../../nbs/02_adapters/07_files.ipynb #06a93353
 WORDS = "learned_embeds.safetensors"  # what diffusers looks for when it wants an embedding

@@ -63,7 +63,7 @@ def _story(manifest):  # plain values
     how = dict(default_flow_style=None, allow_unicode=True, width=100)
     return ["manifest", *(f"  {line}" for line in yaml.safe_dump(manifest, **how).splitlines())]
 
-# %% ../../nbs/02_adapters/11_inspect.ipynb #6a900302
+# %% ../../nbs/02_adapters/11_inspect.ipynb #5fff6043
 def describe_file(
     path: str | Path,  # file of an adapter, or its folder
     like: object = None,  # base that it should fit; None: any
@@ -81,7 +81,7 @@ def describe_file(
         f"alpha       {_each(table.alpha)}",
         f"metadata    {', '.join(sorted(h['metadata'])) or 'none'}",
         *(f"not read    {k} {why_not(k)}" for k in h["unread"]),
-        *(["?           depends on the weights of the base"] if table.norm.isna().any() else []),
+        *(["?           depends on the weights of the base or input"] if table.norm.isna().any() else []),
         *_story(h["manifest"]),
         f"\n{'block':10} {'layers':>6} {'|dW|':>9} {'energy':>7}",
     ]

@@ -7,14 +7,14 @@ __all__ = ['NETWORKS', 'TEXT', 'PREFIXES', 'ARCHITECTURE', 'EMBEDDING', 'network
            'join_components', 'dotted', 'from_sgm', 'to_sgm', 'split_prefix', 'split_word', 'layers_of', 'layer_names',
            'layer_of', 'parse_key', 'why_not', 'refuse_foreign', 'refuse_unread', 'sort_tensors', 'to_state']
 
-# %% ../../nbs/02_adapters/05_keys.ipynb #5e71dd8e
+# %% ../../nbs/02_adapters/05_keys.ipynb #14fca316
 import re
 from collections import Counter
 
 import torch
 from torch import nn
 
-from . import products  # noqa: F401, the import registers its kinds
+from . import products, styleinject  # noqa: F401, the imports register their kinds
 from .config import alpha_of, check_config, kind_by_config
 from .lora import ADAPTER_KINDS
 from ..core import check_finite

@@ -121,17 +121,19 @@ def adapter_config(
     )
     return fields | dict(use_dora=True) if any("m" in s for s in state.values()) else fields
 
-# %% ../../nbs/02_adapters/06_layouts.ipynb #27a6307d
+# %% ../../nbs/02_adapters/06_layouts.ipynb #a59e9eeb
 def diffusers_bytes(
     components: dict[str, dict],  # 'unet', 'text_encoder' … -> state, layer name -> {'A','B','alpha'}
     texts: dict[str, str],  # more texts for the header
     dtype: torch.dtype | None = None,  # number format in the file; None: as it is
+    layout: str = "diffusers",  # whose words end the keys: those of diffusers, or of a kind with its own
 ) -> bytes:  # the file
     "Pack an adapter as diffusers writes it."
     fields, tensors = {}, {}
     for c, state in components.items():
         fields |= {f"{c}.{k}": v for k, v in adapter_config(state).items()}
-        tensors |= to_tensors(state, dtype, lambda n, s, w: f"{c}.{n}.{kind_of(s).file_keys['diffusers'][w]}")
+        key = lambda n, s, w: f"{c}.{n}.{kind_of(s).file_keys[layout][w]}"
+        tensors |= to_tensors(state, dtype, key, layout)
     header = dict(lora_adapter_metadata=json.dumps(fields, sort_keys=True, ensure_ascii=False))
     return pack(tensors, dict(texts, format="pt", **header))
 

@@ -21,7 +21,7 @@ from torch import nn
 from ..core import compiled
 from ..core import generator as seeded
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #63371805
+# %% ../../nbs/02_adapters/01_lora.ipynb #7986cad7
 class _Wrapped(nn.Module):
     kind = ""  # name of the kind of adapter, see `ADAPTER_KINDS`
 
@@ -36,13 +36,14 @@ class _Wrapped(nn.Module):
     merged = property(lambda self: bool(self._kept))
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
+    own = property(lambda self: {n: p for n, p in self.named_parameters() if not n.startswith("base.")})
 
     def forward(self, x, *args, **kwargs):  # what the base takes
         "Add the update to the output of the base, unless it is off or merged."
         y = self.base(x)
         return y + self.delta(x).to(y.dtype) if self.enabled and not self.merged else y
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #ff2e3f26
+# %% ../../nbs/02_adapters/01_lora.ipynb #d5f3fe7c
 class AdapterLayer(_Wrapped):
     "Hold a frozen layer and an adapter beside it; a kind adds `delta` and `delta_weight`."
 
@@ -50,8 +51,7 @@ class AdapterLayer(_Wrapped):
         "Fold the update into the base weight, keeping the original weight aside."
         if self.merged:
             return
-        W = self.base.weight
-        self._kept = [W]
+        self._kept = [W := self.base.weight]
         self.base.weight = nn.Parameter((W.float() + self.delta_weight()).to(W.dtype), requires_grad=False)
 
     def unmerge(self):
@@ -130,7 +130,7 @@ class LoRAConv2d(LoRALayer):
         A, B = self.lora_A.detach(), self.lora_B.detach()[..., 0, 0]
         return self.scale * torch.einsum("dr,rchw->dchw", B, A)
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #9db7fa54
+# %% ../../nbs/02_adapters/01_lora.ipynb #e5b0d624
 ADAPTER_KINDS = {}  # name of a kind -> its class, filled by `register`
 
 
@@ -144,9 +144,11 @@ class AdapterKind:
     tensors = ()  # names of the tensors in the state of a layer
     pairs = ()  # pairs of tensors of which only the product counts
     file_keys = {}  # key format -> name of a tensor -> last words of its key in a file
+    layout = None  # the only layout of its files; None: any that `file_keys` has
     low_rank = None  # writes a state as one of kind 'lora', exactly, if there is such a form
     claims = classmethod(lambda cls, found: set(cls.tensors) <= set(found))  # are these tensors its own?
     stored = staticmethod(lambda s, layout: {w: v for w, v in s.items() if torch.is_tensor(v)})
+    at = staticmethod(lambda name, options: options)  # options of the layer of this name
     rank_of = classmethod(lambda cls, s: len(s[cls.tensors[0]]))  # rank of a state; alpha is divided by it
 
     @classmethod
@@ -247,7 +249,7 @@ def _no_match(target, names):
     odd = f"target_modules={target!r} matches no linear or convolution layer"
     return ValueError(f"{odd}; here: {listed}. Named targets: {', '.join(TARGETS)}")
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #b38f38a2
+# %% ../../nbs/02_adapters/01_lora.ipynb #9b82ef37
 def find_targets(
     model: nn.Module,  # any network
     target_modules: str | list[str] = "cross_attention",  # name from TARGETS, regular expression, or a list
@@ -259,8 +261,7 @@ def find_targets(
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     hits = set()
     for target in wanted or ["(none given)"]:
-        found = _matches(layers, target)
-        if not found:
+        if not (found := _matches(layers, target)):
             raise _no_match(target, layers)
         hits |= found
     return [n for n in layers if n in hits]
@@ -277,7 +278,7 @@ def lora_layers(
     "Find the adapters that a model carries, of whatever kind."
     return {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer)}
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #09862c5d
+# %% ../../nbs/02_adapters/01_lora.ipynb #047c2a6e
 def inject(
     model: nn.Module,  # network, frozen in place; its own tensors are not written to
     target_modules: str | list[str] = "cross_attention",  # name from TARGETS, regular expression, or a list
@@ -286,16 +287,17 @@ def inject(
     dropout: float = 0.0,  # probability of dropping an input feature of A in training, [0,1)
     generator: torch.Generator | None = None,  # cpu generator for all A; None: always the same start
     kind: str = "lora",  # kind of adapter, a name from ADAPTER_KINDS
+    **options: object,  # more that a kind knows, such as num_experts
 ) -> list[str]:  # names of the adapted layers
     "Freeze a model and hang a trainable adapter on each target layer."
     if there := lora_layers(model):
         raise ValueError(f"the model already carries {len(there)} adapters; call remove(model) first")
     names = find_targets(model, target_modules, kind)
-    start = dict(dropout=dropout, generator=generator or seeded("lora", 0))
+    start = dict(rank=rank, lora_alpha=lora_alpha, dropout=dropout, generator=generator or seeded("lora", 0))
     model.requires_grad_(False)
     for n in names:
-        base = model.get_submodule(n)
-        _put(model, n, kind_of(kind).wrap(base, rank=rank, lora_alpha=lora_alpha, **start))
+        more = kind_of(kind).at(n, options)
+        _put(model, n, kind_of(kind).wrap(model.get_submodule(n), **start, **more))
     return names
 
 # %% ../../nbs/02_adapters/01_lora.ipynb #92527574
@@ -333,15 +335,14 @@ def unmerge(
         layer.unmerge()
     return len(layers)
 
-# %% ../../nbs/02_adapters/01_lora.ipynb #04937432
+# %% ../../nbs/02_adapters/01_lora.ipynb #600221c1
 def set_scale(
     model: nn.Module,  # network with adapters, not merged
     scale: float = 1.0,  # lora_scale; the effective scale becomes scale * lora_alpha / rank
     pattern: str = "",  # regular expression over layer names; '' means all
 ) -> int:  # number of adapters set
     "Set the `lora_scale` of the adapters: 0 is the bare base, 1 the adapter as trained."
-    hits = {n: m for n, m in lora_layers(model).items() if re.search(pattern, n)}
-    if not hits:
+    if not (hits := {n: m for n, m in lora_layers(model).items() if re.search(pattern, n)}):
         raise ValueError(f"pattern={pattern!r} matches none of the {len(lora_layers(model))} adapters here")
     if any(m.merged for m in hits.values()):
         raise ValueError("the adapters are merged; call unmerge(model) first")

@@ -280,7 +280,7 @@ def extract(
         rows.append(dict(module="elsewhere", rank=0, norm=rest, error=rest))
     return Fit(state, pd.DataFrame(rows))
 
-# %% ../../nbs/02_adapters/08_merge.ipynb #9e56fde8
+# %% ../../nbs/02_adapters/08_merge.ipynb #3e620de4
 def block_of(
     name: str,  # layer name
 ) -> str:  # 'down 0', 'mid', 'up 2', or 'other'
@@ -295,7 +295,8 @@ def _inspect(name, s):
         s = as_lora({name: s})[name]
         S = torch.linalg.svdvals(core_of(s)[1])
     effective = torch.special.entr(S / S.sum().clamp_min(1e-300)).sum().exp().item()
-    shape = "linear" if "A" not in s or s["A"].ndim == 2 else "conv {}x{}".format(*s["A"].shape[2:])
+    A = s.get("A", s.get("down"))  # what reads the input, if it is stored as it is
+    shape = "linear" if A is None or A.ndim == 2 else "conv {}x{}".format(*A.shape[2:])
     told = shape if kind.kind == "lora" else f"{kind.title} {shape}"
     row = dict(module=name, block=block_of(name), kind=told, rank=kind_of(s).rank_of(s) or 1)
     return row | dict(alpha=s["alpha"], norm=S.norm().item(), effective_rank=effective)

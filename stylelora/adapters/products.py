@@ -396,7 +396,7 @@ class OLoRA(_Inside):
 
     kind, title, origin = "olora", "OLoRA", staticmethod(_first_columns)
 
-# %% ../../nbs/02_adapters/02_products.ipynb #4bb4181e
+# %% ../../nbs/02_adapters/02_products.ipynb #28b45b14
 _KERNELS = {3: r"(\.conv[12]|samplers\.0\.conv|^conv_in|^conv_out)$", 1: r"\.conv_shortcut$"}
 
 
@@ -410,7 +410,10 @@ def as_lora(
         kind = kind_of(s)
         if not kind.low_rank:
             odd = f"{n}: {kind.title} of adapter {i} is no low-rank update by itself"
-            raise ValueError(f"{odd}; merge it into a base, with stylelora merge --into")
+            ways = "merge it into a base, with stylelora merge --into"
+            raise ValueError(
+                f"{odd}; {ways if kind.mergeable else 'it cannot be merged, load it beside its base'}"
+            )
         plain[n] = s = kind.low_rank(s)
         side = next((k for k, name in _KERNELS.items() if re.search(name, n)), 0)
         if kind is not LoRA and side and s["A"].ndim == 2 and s["A"].shape[1] % side**2 == 0:

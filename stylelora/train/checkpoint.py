@@ -70,7 +70,7 @@ def any_of(
     answer = torch.tensor(float(bool(flag)), device=device)
     return bool(processes.accelerator.reduce(answer, "sum") > 0)
 
-# %% ../../nbs/05_train/02_checkpoint.ipynb #8370f8a5
+# %% ../../nbs/05_train/02_checkpoint.ipynb #562a4d82
 class Run:
     "Hold what changes in a training: adapter, optimizer, average, history; made by `start`."
 
@@ -81,7 +81,9 @@ class Run:
         for m in layers.values():
             m.train(config.lora_dropout > 0)
         self.base, self.config, self.step, self.rows, self.seconds = base, config, 0, [], 0.0
-        lora = {f"{n}.{w}": getattr(m, f"lora_{w}") for n, m in layers.items() for w in "AB"}
+        lora = {}
+        for n, m in layers.items():
+            lora |= {f"{n}.{w.removeprefix('lora_')}": p for w, p in m.own.items()}
         self.params, betas = lora | (words or {}), (config.beta1, config.beta2)
         groups = [dict(params=[*lora.values()]), dict(params=[*(words or {}).values()], times=times)]
         fused = base.device.type in ("cpu", "cuda")
@@ -93,7 +95,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=config.mixed_precision == "float16")
         self.average, self.processes = Average(weights, config.ema), Processes()
 
-# %% ../../nbs/05_train/02_checkpoint.ipynb #74b9f7dc
+# %% ../../nbs/05_train/02_checkpoint.ipynb #ef7a094b
 def start(
     base: Base,  # whose U-Net gets the adapter
     config: TrainConfig,  # parameters
@@ -106,7 +108,8 @@ def start(
         remove(base.unet)
     if lora:
         dice = generator("lora", config.seed)
-        inject(base.unet, config.target_modules, config.rank, config.lora_alpha, config.lora_dropout, dice)
+        shape = (config.target_modules, config.rank, config.lora_alpha, config.lora_dropout)
+        inject(base.unet, *shape, dice, config.kind, **config.options)
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     else:
@@ -258,7 +261,7 @@ def digest_of(
         tensors |= {f"{name}.{k}": torch.as_tensor(v).cpu() for k, v in layer.items() if v is not None}
     return digest(tensors)
 
-# %% ../../nbs/05_train/02_checkpoint.ipynb #c7dd4837
+# %% ../../nbs/05_train/02_checkpoint.ipynb #1c1c110d
 FREE = ("save_every", "sample_every")  # parameters that do not change the result
 RECIPE = ("timestep_sampling", "loss_weighting", "snr_gamma", "timestep_remapping", "prediction")
 
@@ -272,7 +275,8 @@ def describe(
     val: tuple | None = None,  # held-out pair of latents and text embeddings
 ) -> dict:  # plain values that decide the outcome
     "Say which training this is."
-    told = {k: v for k, v in asdict(config).items() if k not in FREE}
+    skip = FREE if config.kind != "lora" else (*FREE, "kind", "num_experts", "parts")
+    told = {k: v for k, v in asdict(config).items() if k not in skip}
     tables = dict(p=objective.probs, w=objective.weights, t=objective.t_model, betas=objective.schedule.betas)
     told |= dict(schedule=objective.schedule.name, objective=digest(tables))
     told |= {k: getattr(objective, k) for k in RECIPE}

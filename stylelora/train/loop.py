@@ -383,14 +383,15 @@ def take_mirrored(
         t.identity["mirrored"] = digest(dict(latents=mirrored.cpu()))
     return t
 
-# %% ../../nbs/05_train/03_loop.ipynb #b1a02953
+# %% ../../nbs/05_train/03_loop.ipynb #f6902f77
 def check_init(
     init: dict,  # weights of an adapter, layer name -> its state
 ):
     "Refuse an adapter that cannot be trained on."
     if odd := [s for s in init.values() if kind_of(s).kind != "lora"]:
-        kind = f"the adapter to start from is {kind_of(odd[0]).title}, not LoRA"
-        raise ValueError(f"{kind}; stylelora merge makes a LoRA of it")
+        kind = kind_of(odd[0])
+        ways = "stylelora merge makes a LoRA of it" if kind.low_rank else "start afresh, without init"
+        raise ValueError(f"the adapter to start from is {kind.title}, not LoRA; {ways}")
 
 
 def take_init(
@@ -400,6 +401,8 @@ def take_init(
     "Give a training the adapter that it starts from."
     if init:
         check_init(init)
+        if t.run.config.kind != "lora":
+            raise ValueError(f"kind={t.run.config.kind!r} starts afresh; leave init out, or train kind: lora")
         t.init, t.identity["init"] = init, digest_of(init)
     return t
 

@@ -7,7 +7,7 @@ __all__ = ['RANGES', 'CHOICES', 'LEVELS', 'AdapterConfig', 'TrainConfig', 'check
            'batch_indices', 'Draw', 'draw_step', 'step_loss', 'loss_at', 'fixed_loss', 'evaluate', 'Average',
            'arithmetic', 'repeatable', 'check_pair', 'check_training', 'check_objective']
 
-# %% ../../nbs/05_train/01_step.ipynb #daeaa66f
+# %% ../../nbs/05_train/01_step.ipynb #bae09a38
 import difflib, math
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -16,10 +16,11 @@ from ..models.base import Base, predict_unet, check_context
 from ..core import check_finite, generator, pick_dtype, randn_each
 from ..adapters.keys import networks_of
 from ..adapters.lora import find_targets, lora_layers
+from ..adapters.styleinject import check_parts
 from ..noise.objective import Objective, diffusion_loss, sample_t, training_target
 from ..noise.schedule import add_noise
 
-# %% ../../nbs/05_train/01_step.ipynb #972e4866
+# %% ../../nbs/05_train/01_step.ipynb #7f898e12
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     "Hold the parameters of an adapter."
@@ -28,7 +29,15 @@ class AdapterConfig:
     rank: int = 8  # inner width r of every update
     lora_alpha: float = None  # the update is scaled by lora_alpha/rank; None means rank
     lora_dropout: float = 0.0  # probability of dropping an input feature of A
+    kind: str = "lora"  # kind of adapter: 'lora' or 'styleinject'
+    num_experts: int = 4  # StyleInject: down matrices beside each other
+    parts: str = "both"  # StyleInject: 'dma', 'sta' (with num_experts 1) or 'both'
     seed: int = 0  # decides first weights, order, noise, timesteps and dropout
+
+    @property
+    def options(self):
+        "List what only its kind of adapter is told."
+        return {} if self.kind == "lora" else dict(num_experts=self.num_experts, parts=self.parts)
 
 # %% ../../nbs/05_train/01_step.ipynb #ce47b895
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +65,12 @@ class TrainConfig(AdapterConfig):
     save_every: int = 100  # steps between checkpoints
     __post_init__ = lambda self: check_config(self)
 
-# %% ../../nbs/05_train/01_step.ipynb #19c39c9d
+# %% ../../nbs/05_train/01_step.ipynb #7534416f
 RANGES = dict(  # name -> smallest and largest value
     rank=(1, 4096),
     lora_alpha=(1e-6, 1e6),
     lora_dropout=(0, 0.99),
+    num_experts=(1, 256),
     seed=(0, 2**63 - 1),
     train_steps=(1, 10**7),
     batch_size=(1, 4096),
@@ -79,8 +89,10 @@ RANGES = dict(  # name -> smallest and largest value
     save_every=(1, 10**7),
 )
 
-# %% ../../nbs/05_train/01_step.ipynb #e3e4a15f
+# %% ../../nbs/05_train/01_step.ipynb #18602444
 CHOICES = dict(  # name -> possible values
+    kind=("lora", "styleinject"),
+    parts=("both", "dma", "sta"),
     lr_schedule=("cosine", "linear", "constant"),
     mixed_precision=("float32", "bfloat16", "float16"),
     gradient_checkpointing=(False, True),
@@ -102,7 +114,7 @@ def check_number(
     hint = " (in YAML write 1.0e-4, not 1e-4)" if isinstance(value, str) else ""
     raise ValueError(f"{name}={value!r}; use {kind} from {low:g} to {high:g}{hint}")
 
-# %% ../../nbs/05_train/01_step.ipynb #e91edc73
+# %% ../../nbs/05_train/01_step.ipynb #3887e13d
 def check_config(
     config: TrainConfig,  # the parameters
 ):
@@ -117,6 +129,11 @@ def check_config(
     if config.warmup_steps >= config.train_steps:
         limit = f"use less than train_steps={config.train_steps}"
         raise ValueError(f"warmup_steps={config.warmup_steps}; {limit}")
+    if config.kind == "styleinject":
+        check_parts(**config.options)
+    elif (config.num_experts, config.parts) != (AdapterConfig.num_experts, AdapterConfig.parts):
+        idle = f"num_experts={config.num_experts}, parts={config.parts!r}"
+        raise ValueError(f"{idle} mean nothing to kind={config.kind!r}; set kind: styleinject")
 
 # %% ../../nbs/05_train/01_step.ipynb #e5574b88
 def make_config(

@@ -56,7 +56,7 @@ def training(folder, on_step=None, **changes):
     )
 
 
-def child(log, folder, die_at, how):
+def child(log, folder, die_at, how, changes):
     "Train in a process of its own, and die as told."
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
@@ -72,7 +72,7 @@ def child(log, folder, die_at, how):
 
     if how == "kill while writing":
         os.replace = _deadly(os.replace, die_at)
-    training(folder, on_step)
+    training(folder, on_step, **changes)
 
 
 def _deadly(replace, good):
@@ -89,18 +89,18 @@ def _deadly(replace, good):
     return deadly
 
 
-def spawn(folder, die_at=0, how=""):
+def spawn(folder, die_at=0, how="", **changes):
     "Start a training in a second process; the fork server imports the heavy libraries once."
     context, log = multiprocessing.get_context("forkserver"), folder.with_name(folder.name + ".log")
     context.set_forkserver_preload(HEAVY)
-    process = context.Process(target=child, args=(str(log), str(folder), die_at, how))
+    process = context.Process(target=child, args=(str(log), str(folder), die_at, how, changes))
     process.start()
     return process, log
 
 
-def run(folder, die_at=0, how=""):
+def run(folder, die_at=0, how="", **changes):
     "Train in a second process; return its exit status and what it said."
-    process, log = spawn(folder, die_at, how)
+    process, log = spawn(folder, die_at, how, **changes)
     process.join(600)
     assert process.exitcode is not None, "the training hangs"
     return process.exitcode, log.read_text()
