@@ -126,8 +126,8 @@ class Noise:
         bool, Option("--timestep-remapping", help="Tell the base its own timestep of equal noise.")
     ] = False
 
-# %% ../../nbs/11_apps/04_train.ipynb #f2b14996
-METHODS = ("lora", "textual_inversion", "lora+textual_inversion")
+# %% ../../nbs/11_apps/04_train.ipynb #52853487
+METHODS = ("lora", "textual_inversion", "lora+textual_inversion", "styleinject")
 
 
 @dataclass
@@ -135,13 +135,13 @@ class Words:
     "A new word."
 
     method: Annotated[
-        str, Option(help="lora, textual_inversion (the word of --style), or lora+textual_inversion.")
+        str, Option(help="lora, textual_inversion (the word of --style), both with a +, or styleinject.")
     ] = "lora"
     num_vectors: Annotated[int, Option(min=1, help="Vectors of the word.")] = 1
     initial_word: Annotated[str, Option(help="Ordinary word that it starts from.")] = "painting"
     word_lr: Annotated[float, number(help="Learning rate of the vectors; depends on the base.")] = None
 
-# %% ../../nbs/11_apps/04_train.ipynb #dde342ee
+# %% ../../nbs/11_apps/04_train.ipynb #610470b5
 def check_method(
     words: Words,  # what is trained
     captions: Captions,  # which have the word
@@ -152,9 +152,12 @@ def check_method(
     name = words.method
     if name not in METHODS:
         raise ValueError(f"--method {name}: use one of {', '.join(METHODS)}")
-    if name == "lora" and (words.num_vectors > 1 or words.word_lr):
+    word = "textual_inversion" in name
+    if not word and (words.num_vectors > 1 or words.word_lr):
         raise ValueError("--num-vectors and --word-lr belong to a word; add --method textual_inversion")
-    if name != "lora":
+    if name == "styleinject" and training.init:
+        raise ValueError("--init goes on from a LoRA; --method styleinject starts afresh")
+    if word:
         _check_word(name, captions, training, watching)
 
 # %% ../../nbs/11_apps/04_train.ipynb #2cfef763
@@ -189,9 +192,10 @@ def word_of(
     more |= dict(pick=watching.pick, patience=watching.patience)
     return WordConfig(word=captions.style, lora=lora, word_lr=rate, **more)
 
-# %% ../../nbs/11_apps/04_train.ipynb #e1f007fb
+# %% ../../nbs/11_apps/04_train.ipynb #cec95777
 def given_of(
     o: Optimisation,  # options of `train`
+    method: str = "lora",  # what is trained
 ) -> dict:  # parameters of a training that were given, checked
     "Collect the training parameters that were given."
     import yaml
@@ -199,6 +203,7 @@ def given_of(
     from stylelora.train.step import make_config
 
     given = {k: v for k, v in vars(o).items() if k not in ("set", "init") and v is not None}
+    given |= dict(kind=method) if method == "styleinject" else {}
     for word in o.set:
         name, equals, value = word.partition("=")
         if not equals:
@@ -352,7 +357,7 @@ def check_files(
     if page.exists() and not files.force and not (work / CHECKPOINT).exists():
         raise taken(page)
 
-# %% ../../nbs/11_apps/04_train.ipynb #4d677c94
+# %% ../../nbs/11_apps/04_train.ipynb #4876bc39
 def run_train(
     folder: Annotated[Path, Argument(help="Folder of pictures; ten to fifty are enough.")],
     files: Files,  # what is written, and where
@@ -368,7 +373,7 @@ def run_train(
     Captions are text files beside the pictures (cup.png, cup.txt), or in
     metadata.csv or .jsonl; the embedded model wants --style '<s1>' and
     --template '{style} emoji of {caption}'. Stopped, it goes on if repeated."""
-    given = given_of(training)
+    given = given_of(training, words.method)
     check_method(words, captions, training, watching)
     if files.check:
         return _check_pictures(folder, captions, load_model(model))
@@ -378,10 +383,10 @@ def run_train(
     _take_word(session, words, captions, training)
     _train(session, folder, captions, training, noise, given)
 
-# %% ../../nbs/11_apps/04_train.ipynb #66ffe614
+# %% ../../nbs/11_apps/04_train.ipynb #0fb692a3
 def _take_word(s, words, captions, training):  # Session; groups of options
     "Note which word is trained, if any; its training keeps the best state itself."
-    if words.method != "lora":
+    if "textual_inversion" in words.method:
         s.word = word_of(s.base, words, captions, training, s.watching)
         s.watching = replace(s.watching, pick="last", patience=0)
 
