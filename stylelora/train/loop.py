@@ -227,14 +227,14 @@ def loop(
                 t.save()
                 raise KeyboardInterrupt(f"stopped after step {run.step} of {steps}; {kept}")
 
-# %% ../../nbs/05_train/03_loop.ipynb #95918841
+# %% ../../nbs/05_train/03_loop.ipynb #7a020e31
 def _is_own(file, identity):
     "Tell whether an adapter is of the very training that is at hand."
     try:
         old = manifest_of(file)
     except ValueError:
         return False
-    return all(old.get(k) == v for k, v in json.loads(json.dumps(identity)).items())
+    return bool(old) and all(old.get(k) == v for k, v in json.loads(json.dumps(identity)).items())
 
 
 def check_target(
