@@ -81,6 +81,10 @@ def test_the_tree_is_small():
         :10
     ]
     assert {f: n for f, n in sizes.items() if n >= 36 * MB} == {}
+    links = [
+        p for p in tracked() if p.is_symlink()
+    ]  # they count as what git stores, and lead to a tracked file
+    assert {p.resolve() for p in links} <= {p for p in tracked() if not p.is_symlink()}, links
 
 
 def test_no_registry_is_named():

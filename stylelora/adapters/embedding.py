@@ -8,7 +8,7 @@ __all__ = ['ENCODERS', 'KEYS', 'LAYOUTS', 'tokens_of', 'expand', 'WordTokenizer'
            'EmbeddingFile', 'read_embedding', 'read_words', 'read_beside', 'load_embedding', 'words_digest',
            'describe_embedding']
 
-# %% ../../nbs/02_adapters/13_embedding.ipynb #55bbb585
+# %% ../../nbs/02_adapters/13_embedding.ipynb #a3fb0a62
 import copy, json, re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +18,9 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from stylelora.adapters.files import (
-    AdapterFile,
-    _manifest,
-    files_of,
-    find_file,
-    read_for,
-    read_tensors,
-    target_of,
-)
 from .files import WORDS as FILE
+from .files import AdapterFile, files_of, find_file, manifest_of
+from .files import read_for, read_tensors, target_of
 from .keys import EMBEDDING, TEXT, networks_of
 from .layouts import call_texts
 from .lora import _put
@@ -288,7 +281,7 @@ def _vectors(tensors, file):  # key of KEYS -> vectors (n,d) or (d,)
         found[KEYS[k]] = v.float().reshape(-1, v.shape[-1])
     return found
 
-# %% ../../nbs/02_adapters/13_embedding.ipynb #c0ca1751
+# %% ../../nbs/02_adapters/13_embedding.ipynb #f5781073
 @dataclass
 class EmbeddingFile:
     "Hold what a file with an embedding says."
@@ -305,11 +298,11 @@ def read_embedding(
 ) -> EmbeddingFile:  # what the file says
     "Read an embedding in any of the key formats."
     file = find_file(path)
-    tensors, texts = read_tensors(file)
+    tensors, _ = read_tensors(file)
     if not is_embedding(file):
         odd = next((k for k in tensors if k not in KEYS), "")
         raise ValueError(f"{file}: {len(tensors)} keys, such as {odd!r}: this is no embedding of one word")
-    said, name, layout = _manifest(file, texts), file.stem, ", ".join(sorted(tensors))
+    said, name, layout = manifest_of(file), file.stem, ", ".join(sorted(tensors))
     if not set(tensors) <= set(KEYS):
         name, layout = layout, "diffusers"
         tensors = {"emb_params": tensors[name]}

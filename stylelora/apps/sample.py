@@ -19,7 +19,7 @@ from typer import Argument, Option
 
 from .options import finite, names_in, number, share
 
-# %% ../../nbs/11_apps/03_sample.ipynb #6a14bb7a
+# %% ../../nbs/11_apps/03_sample.ipynb #44f2cda1
 SAMPLER_NAMES = names_in("sample.samplers", "SAMPLERS")
 
 
@@ -282,7 +282,7 @@ def check_page(
         cure = "lower --size, --zoom or --n, or let --out be a folder"
         raise ValueError(f"{n / 1e6:,.0f} megapixels, at most {MAX_PIXELS / 1e6:.0f} are drawn; {cure}")
 
-# %% ../../nbs/11_apps/03_sample.ipynb #fa388f59
+# %% ../../nbs/11_apps/03_sample.ipynb #69397453
 def _draw(
     base, prompts, pictures, settings, image, worn
 ):  # Base, texts, Pictures, Settings, PIL image, adapters
@@ -296,9 +296,9 @@ def _draw(
     seeds = range(pictures.seed, pictures.seed + pictures.n)
     made = generate(base, prompts, seeds, batch=pictures.batch_size, images=start, **vars(settings))
     if single(pictures.out):
-        made.save(pictures.out, text=_facts(base, worn, settings))
+        made.save(pictures.out, _facts(base, worn, settings), pictures.force)
     else:
-        write_grid(made.images, pictures.n, pictures.out, pictures.zoom)
+        write_grid(made.images, pictures.n, pictures.out, pictures.zoom, pictures.force)
     cost, calls = made.table.seconds.mean(), made.table.nfe.iloc[0]
     print(f"{len(made)} pictures in {pictures.out}: {cost:.2f} s and {calls} network evaluations each")
 

@@ -23,7 +23,7 @@ from typer import Argument, Option
 from .sample import Model, load_model
 from .options import names_in, number
 
-# %% ../../nbs/11_apps/04_train.ipynb #fcada8cf
+# %% ../../nbs/11_apps/04_train.ipynb #0c1c309b
 def from_file(
     ctx: typer.Context,  # of the command; its defaults are changed
     file: Path,  # YAML, or None
@@ -38,8 +38,8 @@ def from_file(
     if not isinstance(written, dict):
         raise typer.BadParameter(f"{file} holds no options; write lines such as lr: 0.0005")
     given = {str(k).replace("-", "_"): v for k, v in written.items()}
-    if len(given) < len(written):
-        raise typer.BadParameter(f"{file}: an option stands there twice")
+    if twice := [k for k in given if {k, k.replace("_", "-")} <= set(written) and "_" in k]:
+        raise typer.BadParameter(f"{file}: the option {twice[0]} stands there twice")
     known = {p.name: p for p in ctx.command.params if p.name != "config"}
     for name in set(given) - set(known):
         close = difflib.get_close_matches(name, known, 1)
@@ -126,7 +126,7 @@ class Noise:
         bool, Option("--timestep-remapping", help="Tell the base its own timestep of equal noise.")
     ] = False
 
-# %% ../../nbs/11_apps/04_train.ipynb #52853487
+# %% ../../nbs/11_apps/04_train.ipynb #f16df264
 METHODS = ("lora", "textual_inversion", "lora+textual_inversion", "styleinject")
 
 
@@ -138,10 +138,12 @@ class Words:
         str, Option(help="lora, textual_inversion (the word of --style), both with a +, or styleinject.")
     ] = "lora"
     num_vectors: Annotated[int, Option(min=1, help="Vectors of the word.")] = 1
-    initial_word: Annotated[str, Option(help="Ordinary word that it starts from.")] = "painting"
+    initial_word: Annotated[str, Option(help="Ordinary word that it starts from; depends on the base.")] = (
+        None
+    )
     word_lr: Annotated[float, number(help="Learning rate of the vectors; depends on the base.")] = None
 
-# %% ../../nbs/11_apps/04_train.ipynb #610470b5
+# %% ../../nbs/11_apps/04_train.ipynb #31cbfde7
 def check_method(
     words: Words,  # what is trained
     captions: Captions,  # which have the word
@@ -153,8 +155,9 @@ def check_method(
     if name not in METHODS:
         raise ValueError(f"--method {name}: use one of {', '.join(METHODS)}")
     word = "textual_inversion" in name
-    if not word and (words.num_vectors > 1 or words.word_lr):
-        raise ValueError("--num-vectors and --word-lr belong to a word; add --method textual_inversion")
+    if not word and (words.num_vectors > 1 or words.initial_word or words.word_lr):
+        cure = "belong to a word; add --method textual_inversion"
+        raise ValueError(f"--num-vectors, --initial-word and --word-lr {cure}")
     if name == "styleinject" and training.init:
         raise ValueError("--init goes on from a LoRA; --method styleinject starts afresh")
     if word:
@@ -174,7 +177,7 @@ def _check_word(name, captions, training, watching):  # method; groups of option
     if name == "textual_inversion" and (training.rank or training.target_modules):
         raise ValueError("a word has no --rank and no --target-modules; use --num-vectors")
 
-# %% ../../nbs/11_apps/04_train.ipynb #74f79455
+# %% ../../nbs/11_apps/04_train.ipynb #238cac1a
 def word_of(
     base: object,  # Base
     words: Words,  # what is trained
@@ -183,14 +186,14 @@ def word_of(
     watching: Watching,  # which state is kept
 ):  # WordConfig
     "Collect what the training of a word is told."
+    from stylelora.models.defaults import defaults_of
     from stylelora.train.embedding import WordConfig
 
-    lora = words.method != "textual_inversion"
-    usual = 2e-2 if base.size < 256 else 5e-3
-    rate = words.word_lr or (None if lora else training.lr) or usual
-    more = dict(num_vectors=words.num_vectors, initial_word=words.initial_word)
-    more |= dict(pick=watching.pick, patience=watching.patience)
-    return WordConfig(word=captions.style, lora=lora, word_lr=rate, **more)
+    lora, usual = words.method != "textual_inversion", defaults_of(base).word
+    rate = words.word_lr or (None if lora else training.lr) or usual["word_lr"]
+    start = words.initial_word or usual["initial_word"]
+    more = dict(num_vectors=words.num_vectors, pick=watching.pick, patience=watching.patience)
+    return WordConfig(word=captions.style, lora=lora, word_lr=rate, initial_word=start, **more)
 
 # %% ../../nbs/11_apps/04_train.ipynb #cec95777
 def given_of(

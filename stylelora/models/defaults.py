@@ -12,24 +12,27 @@ from dataclasses import dataclass, replace
 
 from .base import Base
 
-# %% ../../nbs/03_models/05_defaults.ipynb #c2c6bf55
+# %% ../../nbs/03_models/05_defaults.ipynb #a7a3ff0b
 @dataclass(frozen=True)
 class Defaults:
     "Say what to ask of a base unless one knows better."
 
     train: dict  # parameters of a training, see `TrainConfig`
     sample: dict  # settings of a drawing, see `Settings`
+    word: dict  # start and learning rate of a word, see `WordConfig`
     why: str  # where they come from
 
-# %% ../../nbs/03_models/05_defaults.ipynb #0865a427
+# %% ../../nbs/03_models/05_defaults.ipynb #00fedc65
 SMALL = Defaults(
     dict(target_modules="attention_ff", lr=5e-4, batch_size=8, train_steps=400, rank=8),
     dict(sampler="euler_ancestral", num_inference_steps=50, guidance_scale=3.0),
+    dict(initial_word="noto", word_lr=5e-3),
     "searched on validation concepts of the embedded base",
 )
 LARGE = Defaults(
     dict(target_modules="cross_attention", lr=1e-4, batch_size=4, train_steps=5000, rank=8),
     dict(sampler="ddim", num_inference_steps=50, guidance_scale=7.5),
+    dict(initial_word="painting", word_lr=5e-3),
     "the proposal's values for Stable Diffusion",
 )
 

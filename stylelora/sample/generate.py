@@ -134,7 +134,7 @@ def kept_steps(
         raise ValueError(f"strength={strength} of {n} steps is no step at all; use more of either")
     return kept
 
-# %% ../../nbs/06_sample/02_generate.ipynb #a935b9b1
+# %% ../../nbs/06_sample/02_generate.ipynb #88d2d575
 @dataclass
 class Images:
     "Hold drawn pictures and what is known about each."
@@ -146,15 +146,15 @@ class Images:
         return len(self.images)
 
     def save(
-        self, folder: Path | str, text: dict | None = None
-    ) -> list:  # made if need be; facts for the PNGs
+        self, folder: Path | str, text: dict | None = None, force: bool = True
+    ) -> list:  # made if need be; facts for the PNGs; False refuses to replace a picture
         "Write one PNG per picture and `images.json` with the table; return the names."
         rows = enumerate(self.table.itertuples())
         names = [f"{i:04d}-{slug(r.prompt)[:48]}-{slug(r.seed)}.png" for i, r in rows]
         for name, image, row in zip(names, self.images, self.table.to_dict("records")):
             (info := PngInfo()).add_text("stylelora", json.dumps(row | (text or {}), default=str))
             Image.fromarray(image).save(out := io.BytesIO(), "PNG", pnginfo=info if text else None)
-            write_atomic(f"{folder}/{name}", out.getvalue())
+            write_atomic(f"{folder}/{name}", out.getvalue(), force)
         write_json(f"{folder}/images.json", self.table.assign(file=names).to_dict("records"))
         return names
 
@@ -374,15 +374,16 @@ def start_picture(
         raise FileNotFoundError(f"--image {path}: no such file; give a picture")
     return open_image(path)[0]
 
-# %% ../../nbs/06_sample/02_generate.ipynb #e9445a93
+# %% ../../nbs/06_sample/02_generate.ipynb #ae4c320d
 def write_grid(
     images: np.ndarray,  # bytes (n*m,h,w,3), row by row
     m: int,  # columns
     path: Path | str,  # picture file to write
     zoom: int = 1,  # whole number; every pixel becomes a square of this size
+    force: bool = True,  # False: refuse to replace a file that is there, or appears meanwhile
 ) -> Path:  # the file
     "Paste pictures to one, m in a row, with two white pixels between them."
     rows = [images[i : i + m] for i in range(0, len(images), m)]
     page = (255 * canvas(rows)).round().astype("uint8")
     Image.fromarray(page.repeat(zoom, 0).repeat(zoom, 1)).save(raw := io.BytesIO(), kind_of(path))
-    return write_atomic(path, raw.getvalue())
+    return write_atomic(path, raw.getvalue(), force)
