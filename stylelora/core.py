@@ -281,17 +281,18 @@ def _plain(o):
         return str(o)
     raise TypeError(f"{type(o).__name__} is no JSON: {o!r}; convert it to numbers or text first")
 
-# %% ../nbs/00_tools/01_core.ipynb #93f553b0
+# %% ../nbs/00_tools/01_core.ipynb #bcce48b1
 def write_json(
     path: Path | str,  # target file
     obj: object,  # dict or list of plain values, arrays, paths
+    replace: bool = True,  # False: refuse to replace a file, see `write_atomic`
 ) -> Path:  # the target
     "Write an object as readable JSON, atomically; NaN and infinity are refused."
     try:
         text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
     except ValueError as e:
         raise ValueError(f"{path}: {e}; write None for a missing value") from None
-    return write_atomic(path, text + "\n")
+    return write_atomic(path, text + "\n", replace)
 
 
 def read_json(

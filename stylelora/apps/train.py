@@ -23,7 +23,7 @@ from typer import Argument, Option
 from .sample import Model, load_model
 from .options import names_in, number
 
-# %% ../../nbs/11_apps/04_train.ipynb #0c1c309b
+# %% ../../nbs/11_apps/04_train.ipynb #c1b3899e
 def from_file(
     ctx: typer.Context,  # of the command; its defaults are changed
     file: Path,  # YAML, or None
@@ -37,9 +37,10 @@ def from_file(
         raise typer.BadParameter(str(e)) from None
     if not isinstance(written, dict):
         raise typer.BadParameter(f"{file} holds no options; write lines such as lr: 0.0005")
-    given = {str(k).replace("-", "_"): v for k, v in written.items()}
-    if twice := [k for k in given if {k, k.replace("_", "-")} <= set(written) and "_" in k]:
+    names = [str(k).replace("-", "_") for k in written]
+    if twice := [n for n in names if names.count(n) > 1]:
         raise typer.BadParameter(f"{file}: the option {twice[0]} stands there twice")
+    given = dict(zip(names, written.values()))
     known = {p.name: p for p in ctx.command.params if p.name != "config"}
     for name in set(given) - set(known):
         close = difflib.get_close_matches(name, known, 1)
@@ -126,7 +127,7 @@ class Noise:
         bool, Option("--timestep-remapping", help="Tell the base its own timestep of equal noise.")
     ] = False
 
-# %% ../../nbs/11_apps/04_train.ipynb #f16df264
+# %% ../../nbs/11_apps/04_train.ipynb #7b9d5459
 METHODS = ("lora", "textual_inversion", "lora+textual_inversion", "styleinject")
 
 

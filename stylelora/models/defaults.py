@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from .base import Base
 
-# %% ../../nbs/03_models/05_defaults.ipynb #a7a3ff0b
+# %% ../../nbs/03_models/05_defaults.ipynb #b224e141
 @dataclass(frozen=True)
 class Defaults:
     "Say what to ask of a base unless one knows better."
@@ -20,7 +20,7 @@ class Defaults:
     train: dict  # parameters of a training, see `TrainConfig`
     sample: dict  # settings of a drawing, see `Settings`
     word: dict  # start and learning rate of a word, see `WordConfig`
-    why: str  # where they come from
+    why: str  # where training and sampling come from
 
 # %% ../../nbs/03_models/05_defaults.ipynb #00fedc65
 SMALL = Defaults(

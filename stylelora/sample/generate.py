@@ -134,7 +134,7 @@ def kept_steps(
         raise ValueError(f"strength={strength} of {n} steps is no step at all; use more of either")
     return kept
 
-# %% ../../nbs/06_sample/02_generate.ipynb #88d2d575
+# %% ../../nbs/06_sample/02_generate.ipynb #c99248c2
 @dataclass
 class Images:
     "Hold drawn pictures and what is known about each."
@@ -155,7 +155,7 @@ class Images:
             (info := PngInfo()).add_text("stylelora", json.dumps(row | (text or {}), default=str))
             Image.fromarray(image).save(out := io.BytesIO(), "PNG", pnginfo=info if text else None)
             write_atomic(f"{folder}/{name}", out.getvalue(), force)
-        write_json(f"{folder}/images.json", self.table.assign(file=names).to_dict("records"))
+        write_json(f"{folder}/images.json", self.table.assign(file=names).to_dict("records"), force)
         return names
 
 # %% ../../nbs/06_sample/02_generate.ipynb #85660dce
